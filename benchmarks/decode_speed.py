@@ -1,0 +1,220 @@
+"""Prefill and decode speed of a patched model beside stock transformers, in one run.
+
+    python benchmarks/decode_speed.py --contexts 128,2000,8000 --out benchmarks/results/decode_speed.json
+
+The compared settings take turns block by block, so that a machine that drifts hits all alike; medians are reported,
+and ratios to stock from the same run. ``--memory`` measures peak memory instead, each setting in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import describe
+from rich.console import Console
+from rich.table import Table
+from transformers import DynamicCache
+
+from thinkkv import sdk
+
+PROMPTS = Path(__file__).parent.parent / "sdk" / "prompts"
+STEPS_PER_TURN = 6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One thing to measure: stock transformers (policy None) or a policy at a ratio."""
+
+    policy: str | None
+    ratio: float = 1.0
+
+    def __str__(self) -> str:
+        return "stock" if self.policy is None else f"{self.policy}-{self.ratio:g}"
+
+    @contextmanager
+    def on(self, model: Any) -> Iterator[Any]:
+        """Patch the model for this setting; yields a function that makes an empty cache."""
+        if self.policy is None:
+            yield lambda: DynamicCache(config=model.config)
+            return
+        with sdk.apply(model, policy=self.policy, ratio=self.ratio) as handle:
+            yield handle.new_cache
+
+
+@dataclass
+class Run:
+    """One setting while it is measured."""
+
+    setting: Setting
+    cache: Any = None
+    token: Any = None
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+
+def prompt_ids(tokenizer: Any, context: int, batch: int) -> torch.Tensor:
+    """[batch, context] token ids of the project's own prompt texts."""
+    lines = (PROMPTS / "calibration.jsonl").read_text().splitlines()
+    text = (PROMPTS / "demo.txt").read_text() + "\n".join(json.loads(line)["prompt"] for line in lines)
+    ids = tokenizer(text).input_ids
+    ids = (ids * (context // len(ids) + 1))[:context]
+    return torch.tensor([ids] * batch)
+
+
+@torch.inference_mode()
+def prefill(model: Any, run: Run, ids: torch.Tensor) -> None:
+    """Fill a new cache with the prompt, timed."""
+    with run.setting.on(model) as new_cache:
+        run.cache = None
+        run.cache = new_cache()
+        start = time.perf_counter()
+        out = model(ids, past_key_values=run.cache, use_cache=True, logits_to_keep=1)
+        run.prefill.append(time.perf_counter() - start)
+        run.token = out.logits[:, -1:].argmax(-1)
+
+
+@torch.inference_mode()
+def decode(model: Any, run: Run, steps: int, *, timed: bool = True) -> None:
+    """Decode greedily on the run's cache, each step timed."""
+    with run.setting.on(model):
+        for _ in range(steps):
+            start = time.perf_counter()
+            out = model(run.token, past_key_values=run.cache, use_cache=True)
+            run.token = out.logits[:, -1:].argmax(-1)
+            if timed:
+                run.decode.append(time.perf_counter() - start)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of storage that a cache has allocated."""
+    if isinstance(cache, sdk.HeterogeneousCache):
+        return sum(g.keys.nbytes + g.values.nbytes for layer in cache.layers for g in layer.store.groups)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def measure(model: Any, ids: torch.Tensor, settings: list[Setting], turns: int, prefills: int) -> list[dict[str, Any]]:
+    """Rows of one context and batch."""
+    runs = [Run(setting) for setting in settings]
+    for _ in range(prefills):
+        for run in runs:
+            prefill(model, run, ids)
+    for run in runs:
+        decode(model, run, 2, timed=False)
+    for _ in range(turns):
+        for run in runs:
+            decode(model, run, STEPS_PER_TURN)
+    return [row(run, runs[0], ids) for run in runs]
+
+
+def row(run: Run, stock: Run, ids: torch.Tensor) -> dict[str, Any]:
+    """One result as JSON values; speeds are medians."""
+    step, stock_step = statistics.median(run.decode), statistics.median(stock.decode)
+    deciles = statistics.quantiles(run.decode, n=10)
+    return {
+        "setting": str(run.setting),
+        "batch": ids.shape[0],
+        "context": ids.shape[1],
+        "prefill_seconds": round(statistics.median(run.prefill), 3),
+        "prefill_vs_stock": round(statistics.median(run.prefill) / statistics.median(stock.prefill), 3),
+        "decode_tokens_per_second": round(ids.shape[0] / step, 2),
+        "decode_vs_stock": round(stock_step / step, 3),
+        "step_ms_p10_p90": [round(1000 * deciles[0], 2), round(1000 * deciles[-1], 2)],
+        "cache_bytes": cache_bytes(run.cache),
+    }
+
+
+def peak_memory(arguments: argparse.Namespace, setting: Setting, dtype: str, context: int, batch: int) -> int:
+    """Peak resident bytes of a process that prefills and decodes a little under one setting."""
+    command = [
+        sys.executable,
+        __file__,
+        "--model",
+        arguments.model,
+        "--child",
+        str(setting.policy),
+        str(setting.ratio),
+    ]
+    command += ["--dtypes", dtype, "--contexts", str(context), "--batch", str(batch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """The process that ``peak_memory`` starts."""
+    policy, ratio = arguments.child
+    model, tokenizer = sdk.load(arguments.model, dtype=arguments.dtypes)
+    run = Run(Setting(None if policy == "None" else policy, float(ratio)))
+    prefill(model, run, prompt_ids(tokenizer, int(arguments.contexts), arguments.batch))
+    decode(model, run, 4)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table."""
+    table = Table(*rows[0])
+    for entry in rows:
+        table.add_row(*(str(value) for value in entry.values()))
+    Console(stderr=True, width=200).print(table)
+
+
+def main() -> None:
+    """Measure what the command line asks for and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--contexts", default="128,2000,8000")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--policies", default="full,task-kv")
+    parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--turns", type=int, default=8, help=f"blocks of {STEPS_PER_TURN} decode steps per setting")
+    parser.add_argument("--prefills", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments)
+        return
+    settings = [Setting(None)] + [
+        Setting(p, 1.0 if p == "full" else arguments.ratio) for p in arguments.policies.split(",")
+    ]
+    rows: list[dict[str, Any]] = []
+    for dtype in arguments.dtypes.split(","):
+        model, tokenizer = (None, None) if arguments.memory else sdk.load(arguments.model, dtype=dtype)
+        for context in (int(text) for text in arguments.contexts.split(",")):
+            if arguments.memory:
+                shape = {"batch": arguments.batch, "context": context}
+                found = [
+                    {
+                        "setting": str(s),
+                        **shape,
+                        "peak_rss_bytes": peak_memory(arguments, s, dtype, context, arguments.batch),
+                    }
+                    for s in settings
+                ]
+            else:
+                ids = prompt_ids(tokenizer, context, arguments.batch)
+                found = measure(model, ids, settings, arguments.turns, arguments.prefills)
+            rows += [{"model": arguments.model, "dtype": dtype, **entry} for entry in found]
+            show(rows[-len(found) :])
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(
+            json.dumps({**describe(), "command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a head makes of its most attended tokens."""

@@ -1,0 +1,1 @@
+"""Model families as data: the registry and one file per family."""

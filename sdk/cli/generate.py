@@ -1,0 +1,157 @@
+"""``thinkkv generate``: run a prompt on a patched model and say what the cache held."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from thinkkv.sdk.cli.console import console, print_json, quiet_libraries
+from thinkkv.sdk.cli.options import (
+    budget_options,
+    check_budget,
+    dtype_option,
+    json_option,
+    policy_option,
+    read_text,
+)
+
+if TYPE_CHECKING:
+    from thinkkv.sdk.generate_text import Generated
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  thinkkv generate --model smollm2-135m --prompt "Why is the sky blue?"
+  thinkkv generate --model smollm2-135m --policy full --prompt-file report.txt --json
+  cat report.txt | thinkkv generate            (model and profile of the newest `thinkkv patch`)"""
+)
+@click.option(
+    "--model",
+    metavar="M",
+    help="Alias, hub id, folder or GGUF file.  [default: of the newest `thinkkv patch`]",
+)
+@click.option("--profile", type=click.Path(path_type=Path), help="Profile folder that fixes the classes of the heads.")
+@policy_option
+@budget_options
+@click.option(
+    "--decode",
+    type=click.Choice(("append", "bounded")),
+    default="append",
+    show_default=True,
+    help="Whether other than full heads keep every new token, or stay at the size they had after the prompt.",
+)
+@click.option("--prompt", help="The prompt.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="A text file with the prompt.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Sample at this temperature.  [default: greedy]",
+)
+@click.option("--raw", is_flag=True, help="Feed the prompt as it is, without the tokenizer's chat template.")
+@dtype_option
+@json_option
+def generate(
+    model: str | None,
+    profile: Path | None,
+    policy: str | None,
+    ratio: float | None,
+    budget: int | None,
+    decode: Literal["append", "bounded"],
+    prompt: str | None,
+    prompt_file: Path | None,
+    max_new_tokens: int,
+    temperature: float | None,
+    raw: bool,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Generate text with a heterogeneous cache.
+
+    The prompt comes from --prompt, --prompt-file or standard input.
+    """
+    check_budget(ratio, budget)
+    text = _prompt(prompt, prompt_file)
+    if model is None:
+        model, profile, policy, ratio, budget = _newest(profile, policy, ratio, budget)
+    from thinkkv.sdk import models
+
+    source = models.resolve(model)
+    quiet_libraries()
+    with console.status(f"loading {source.label}"):
+        network, tokenizer = models.load(model, dtype=dtype)
+    from thinkkv.sdk.generate_text import generate_text
+
+    done = generate_text(
+        network,
+        tokenizer,
+        text,
+        policy=policy,
+        ratio=ratio,
+        budget=budget,
+        profile=profile,
+        decode=decode,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        chat=not raw,
+        echo=None if as_json else _echo,
+    )
+    if as_json:
+        print_json(done.as_json())
+    else:
+        _echo("\n")
+    _show(done)
+
+
+def _echo(text: str) -> None:
+    click.echo(text, nl=False)
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if prompt is not None and prompt_file is not None:
+        raise click.UsageError("--prompt and --prompt-file exclude each other - give one")
+    if prompt is None and prompt_file is None:
+        if sys.stdin.isatty():
+            raise click.UsageError("no prompt - give --prompt, --prompt-file or standard input")
+        prompt = click.get_text_stream("stdin").read()
+    text = prompt if prompt is not None else read_text(prompt_file)  # type: ignore[arg-type]
+    if not text.strip():
+        raise click.UsageError("the prompt is empty - give it some text")
+    return text
+
+
+def _newest(
+    profile: Path | None, policy: str | None, ratio: float | None, budget: int | None
+) -> tuple[str, Path | None, str | None, float | None, int | None]:
+    """Model, profile and budget of the newest finished ``thinkkv patch``, except where the call says otherwise."""
+    from thinkkv.sdk.outputs import newest_finished
+
+    folder, result = newest_finished("patch")
+    console.print(f"using model {result['model']} and profile of {folder}", highlight=False)
+    if policy is None or policy == result["policy"]:
+        policy = result["policy"]
+        profile = profile or (Path(result["profile"]) if result["profile"] else None)
+    if ratio is None and budget is None:
+        ratio, budget = result["ratio"], result["budget"]
+    return result["model"], profile, policy, ratio, budget
+
+
+def _show(done: Generated) -> None:
+    """Speeds and bytes, on stderr."""
+    found: dict[str, Any] = done.as_json()
+    seconds, held = found["seconds"], found["bytes"]
+    prefill = found["prompt_tokens"] / max(seconds["prefill"], 1e-9)
+    decode = max(0, found["new_tokens"] - 1) / max(seconds["decode"], 1e-9)
+    console.print(
+        f"{found['policy']}: {found['prompt_tokens']} prompt tokens at {prefill:.0f}/s, "
+        f"{found['new_tokens']} new at {decode:.1f}/s",
+        highlight=False,
+    )
+    console.print(
+        "bytes: " + ", ".join(f"{name} {value:,} ({value / held['full']:.0%})" for name, value in held.items()),
+        highlight=False,
+    )

@@ -1,0 +1,72 @@
+"""A policy, a budget and a model's shape together: what each layer may keep of a prompt, and what was promised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from thinkkv.patches.architecture import LayerShape
+from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, check_smallest, even_layers, everything
+from thinkkv.sdk.policies import Full, Policy
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The rule of one patched model; immutable and shared by all its caches.
+
+    Args:
+        policy: what each head keeps.
+        budget: how much of it.
+        shapes: attention geometry per layer.
+        decode: ``append`` keeps every generated token in every head (the paper); ``bounded`` cuts the heads that are
+            not heterogeneous back to their size after the prompt (ours).
+    """
+
+    policy: Policy
+    budget: Budget
+    shapes: tuple[LayerShape, ...]
+    decode: Literal["append", "bounded"] = "append"
+
+    def allocate(self, prompt_tokens: int) -> tuple[LayerBudget, ...]:
+        """Budgets of all layers for a prompt of this length.
+
+        Raises:
+            BudgetError: the budget is below the smallest that the policy can work with.
+        """
+        return _allocate(self, prompt_tokens)
+
+    def promised_tokens(self, prompt_tokens: int) -> tuple[int, ...]:
+        """Per layer: the most tokens, summed over KV heads, that the budget allows for such a prompt."""
+        layers = self._layers(prompt_tokens)
+        whole, share = everything(layers), even_layers(layers, self.budget)
+        return tuple((share[i] if self._is_compressed(layer) else whole[i]).tokens for i, layer in enumerate(layers))
+
+    def bounds(self, layer: int) -> bool:
+        """Whether decoding bounds rows of this layer; a sliding window bounds its layer by itself."""
+        bounded = self.decode == "bounded" and not isinstance(self.policy, Full)
+        return bounded and self.shapes[layer].window is None
+
+    def limit(self, kept_tokens: int) -> int:
+        """Tokens to which bounded decoding cuts a row that kept so many of the prompt."""
+        return max(kept_tokens, self.policy.always_kept, self.budget.tokens or 0)
+
+    def _layers(self, prompt_tokens: int) -> list[LayerPrompt]:
+        return [LayerPrompt(i, shape.kv_heads, shape.visible(prompt_tokens)) for i, shape in enumerate(self.shapes)]
+
+    def _is_compressed(self, layer: LayerPrompt) -> bool:
+        return layer.visible > self.policy.always_kept
+
+
+@lru_cache(maxsize=256)
+def _allocate(compression: Compression, prompt_tokens: int) -> tuple[LayerBudget, ...]:
+    # Every layer asks for its own budget, and a policy may have to look at all layers to answer.
+    layers = compression._layers(prompt_tokens)
+    compressed = [layer for layer in layers if compression._is_compressed(layer)]
+    budgets = everything(layers)
+    if compressed:
+        policy = compression.policy
+        check_smallest(policy.name, compressed, compression.budget, policy.smallest)
+        for layer, budget in zip(compressed, policy.layer_budgets(compressed, compression.budget), strict=True):
+            budgets[layer.layer] = budget
+    return tuple(budgets)

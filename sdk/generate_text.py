@@ -1,0 +1,143 @@
+"""One prompt to one text on a patched model, with its times and bytes: the job behind ``thinkkv generate``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import TextStreamer
+
+from thinkkv.patches.errors import ThinkKVError
+from thinkkv.sdk.patching import apply
+from thinkkv.sdk.profile import HeadProfile
+from thinkkv.sdk.report import Bytes
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A finished generation.
+
+    Args:
+        text: the new text.
+        policy: what the cache kept by.
+        prompt_tokens, new_tokens: counts.
+        prefill_seconds: until the first new token.
+        decode_seconds: for the others.
+        bytes: of the cache at the end.
+    """
+
+    text: str
+    policy: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    bytes: Bytes
+
+    def as_json(self) -> dict[str, Any]:
+        """As the command prints it."""
+        return {
+            "text": self.text,
+            "policy": self.policy,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "seconds": {"prefill": round(self.prefill_seconds, 4), "decode": round(self.decode_seconds, 4)},
+            "bytes": vars(self.bytes),
+        }
+
+
+class _Watch(TextStreamer):
+    """Notes when tokens arrive, and passes text on as it becomes printable."""
+
+    def __init__(self, tokenizer: Any, echo: Callable[[str], None] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._echo = echo
+        self.arrivals: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.arrivals.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self._echo:
+            self._echo(text)
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    policy: str | None = None,
+    ratio: float | None = None,
+    budget: int | None = None,
+    profile: HeadProfile | Path | None = None,
+    decode: Literal["append", "bounded"] = "append",
+    max_new_tokens: int = 200,
+    temperature: float | None = None,
+    chat: bool = True,
+    echo: Callable[[str], None] | None = None,
+) -> Generated:
+    """Patch the model, generate, revert.
+
+    Args:
+        model, tokenizer: from ``sdk.load``.
+        prompt: the text; as a user message where ``chat`` is set and the tokenizer has a template.
+        policy, ratio, budget, profile, decode: as for ``apply``.
+        max_new_tokens: at most so many.
+        temperature: sampling temperature; None decodes greedily.
+        echo: receives the text piece by piece while it is generated.
+
+    Raises:
+        ThinkKVError: the prompt has no tokens, or does not fit the model's context.
+    """
+    inputs = encode(tokenizer, prompt, chat=chat).to(model.device)
+    tokens = inputs["input_ids"].shape[1]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and tokens + max_new_tokens > limit:
+        raise ThinkKVError(
+            f"{tokens} prompt tokens and {max_new_tokens} new ones exceed the model's context of {limit} - "
+            "shorten the prompt or lower --max-new-tokens"
+        )
+    watch = _Watch(tokenizer, echo)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    with apply(model, policy=policy, ratio=ratio, budget=budget, profile=profile, decode=decode) as handle:
+        start = time.perf_counter()
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=watch, **sampling)
+        report = handle.report()
+    new = out[0, tokens:]
+    first, last = watch.arrivals[1], watch.arrivals[-1]  # arrival 0 is the prompt itself
+    return Generated(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        policy=handle.policy.name,
+        prompt_tokens=tokens,
+        new_tokens=len(new),
+        prefill_seconds=first - start,
+        decode_seconds=last - first,
+        bytes=report.bytes,
+    )
+
+
+def encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
+    """Token ids and mask of one prompt, [1, N].
+
+    Raises:
+        ThinkKVError: it has no tokens.
+    """
+    if chat and getattr(tokenizer, "chat_template", None):
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    if inputs["input_ids"].numel() == 0:
+        raise ThinkKVError("the prompt has no tokens - give it some text")
+    return inputs

@@ -1,0 +1,243 @@
+"""Give a model per-head cache budgets, and take them away again.
+
+A patch is three reversible things on one model instance: the attention implementation's name in its config, a hook on
+the decoder that supplies a cache where the caller passed none, and ``generate`` wrapped to supply one and to refuse
+what such a cache cannot do. No class, no forward and no other model is touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from pathlib import Path
+from types import MethodType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from thinkkv.patches.architecture import LayerShape, probe
+from thinkkv.patches.errors import BudgetError, PatchStateError, UnsupportedModelError
+from thinkkv.patches.registry import architecture_of
+from thinkkv.sdk.attention import NAME, register_attention
+from thinkkv.sdk.budget import Budget
+from thinkkv.sdk.cache import HeterogeneousCache
+from thinkkv.sdk.compression import Compression
+from thinkkv.sdk.generation import check_generation, refuse
+from thinkkv.sdk.policies import Full, Policy, policy_named
+from thinkkv.sdk.profile import HeadProfile
+from thinkkv.sdk.report import Report, report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HANDLE = "_thinkkv_handle"
+"""Attribute of a patched model that holds its handle."""
+
+DEFAULT_RATIO = 0.4
+
+
+def apply(
+    model: nn.Module,
+    *,
+    policy: str | Policy | None = None,
+    ratio: float | None = None,
+    budget: int | None = None,
+    profile: HeadProfile | str | Path | None = None,
+    decode: Literal["append", "bounded"] = "append",
+) -> PatchHandle:
+    """Patch a model: from now on it caches what the policy keeps.
+
+    Args:
+        model: a transformers causal LM of a registered architecture, also wrapped by PEFT; in training mode it is
+            patched too, and the patch takes effect when it is used for inference.
+        policy: name or object; default ``task-kv``, or what the profile was calibrated for.
+        ratio: share of the prompt's full cache to keep, default 0.4.
+        budget: instead of a ratio: tokens per KV head on average.
+        profile: fixes which heads are heterogeneous instead of telling them apart per prompt; object or folder.
+        decode: ``append`` every new token to every head, or keep the heads that are not heterogeneous ``bounded``.
+
+    Returns:
+        A handle that reports and reverts; also a context manager that reverts at its end.
+
+    Raises:
+        UnsupportedModelError: unknown architecture; the message lists the supported ones.
+        BudgetError: an impossible ratio, budget or policy name.
+        ProfileMismatchError: the profile is damaged or of another model.
+        PatchStateError: the model is patched already.
+    """
+    if decode not in ("append", "bounded"):
+        raise BudgetError(f"no decode mode {decode!r} - choose append or bounded")
+    target = _unwrapped(model)
+    if HANDLE in target.__dict__:
+        current = target.__dict__[HANDLE].policy.name
+        raise PatchStateError(f"the model is patched with {current} already - revert() that handle first")
+    shapes = probe(architecture_of(target.config), target)
+    if isinstance(profile, (str, Path)):
+        profile = HeadProfile.load(profile)
+    chosen = _resolve_policy(policy, profile)
+    if profile is not None:
+        profile.check(target, shapes)
+        chosen = profile.fix(chosen)
+    return PatchHandle(target, Compression(chosen, _resolve_budget(chosen, ratio, budget), shapes, decode))
+
+
+class PatchHandle:
+    """A patch in force on one model.
+
+    Attributes:
+        policy: the policy.
+        budget: the promise.
+        shapes: attention geometry per layer.
+        active: False after ``revert``.
+    """
+
+    def __init__(self, model: PreTrainedModel, compression: Compression) -> None:
+        self._model = model
+        self._compression = compression
+        self._latest: weakref.ref[HeterogeneousCache] | None = None
+        self._snapshot: Report | None = None
+        self.active = False
+        self._install()
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._compression.policy
+
+    @property
+    def budget(self) -> Budget:
+        """The promise in force."""
+        return self._compression.budget
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """Attention geometry per layer."""
+        return self._compression.shapes
+
+    def new_cache(self) -> HeterogeneousCache:
+        """An empty cache, to be passed as ``past_key_values`` and kept over several turns."""
+        cache = HeterogeneousCache(self._compression)
+        self._latest = weakref.ref(cache)
+        return cache
+
+    def report(self, cache: HeterogeneousCache | None = None) -> Report:
+        """What a cache holds.
+
+        Args:
+            cache: default: the newest cache of this model, as it is, or as ``generate`` left it.
+
+        Raises:
+            PatchStateError: nothing has been cached yet, or the cache is gone.
+        """
+        cache = cache or (self._latest() if self._latest else None)
+        if cache is not None:
+            return report(cache)
+        if self._snapshot is None:
+            raise PatchStateError("no cache to report on - generate first, or keep the model's past_key_values alive")
+        return self._snapshot
+
+    def revert(self) -> None:
+        """Restore the model as it was before ``apply``; doing it again changes nothing."""
+        if not self.active:
+            return
+        self.active = False
+        self._hook.remove()
+        del (
+            self._model.__dict__["generate"],
+            self._model.__dict__["generate_batch"],
+            self._model.__dict__[HANDLE],
+        )
+        vars(self._model).update(self._shadowed)
+        self._model.set_attn_implementation(self._previous_attention)
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.revert()
+
+    def _install(self) -> None:
+        register_attention()
+        model = self._model
+        self._previous_attention = model.config._attn_implementation
+        model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:  # transformers only logs that it cannot
+            raise UnsupportedModelError(
+                f"the attention of {type(model).__name__} cannot be exchanged - its class must attend "
+                "through transformers' AttentionInterface"
+            )
+        self._shadowed: dict[str, Any] = {
+            name: model.__dict__[name] for name in ("generate", "generate_batch") if name in model.__dict__
+        }
+        # Bound methods, so that a deep copy of the model is patched on its own.
+        self._hook = model.base_model.register_forward_pre_hook(self._supply_cache, with_kwargs=True)
+        vars(model).update(
+            generate=MethodType(_generate, model),
+            generate_batch=MethodType(_refuse_batching, model),
+            **{HANDLE: self},
+        )
+        self.active = True
+
+    def _supply_cache(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give a direct forward call the cache that it would otherwise create itself."""
+        given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        use_cache = given.get("use_cache")
+        if use_cache is None:
+            use_cache = decoder.config.use_cache  # type: ignore[union-attr]
+        if decoder.training or not use_cache or given.get("past_key_values") is not None:
+            return None
+        return args, kwargs | {"past_key_values": self.new_cache()}
+
+
+def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` of a patched model: the same call, a cache of ours, and a report afterwards."""
+    handle: PatchHandle = model.__dict__[HANDLE]
+    unpatched = handle._shadowed.get("generate") or MethodType(type(model).generate, model)  # type: ignore[attr-defined]
+    given = inspect.signature(unpatched).bind_partial(*args, **kwargs).arguments
+    given |= given.pop("kwargs", {})
+    config = given.get("generation_config") or model.generation_config
+    check_generation(config, given)
+    use_cache = given.get("use_cache", getattr(config, "use_cache", None))
+    cache = given.get("past_key_values")
+    if cache is None and use_cache is not False:
+        cache = kwargs["past_key_values"] = handle.new_cache()
+    try:
+        return unpatched(*args, **kwargs)
+    finally:
+        if isinstance(cache, HeterogeneousCache):
+            handle._latest, handle._snapshot = weakref.ref(cache), report(cache)
+
+
+def _refuse_batching(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    refuse("continuous batching (generate_batch)")
+
+
+def _unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    from transformers import PreTrainedModel
+
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no transformers model - pass what AutoModelForCausalLM loads, or PEFT around it"
+        )
+    return inner
+
+
+def _resolve_policy(policy: str | Policy | None, profile: HeadProfile | None) -> Policy:
+    if isinstance(policy, Policy):
+        return policy
+    return policy_named(policy or (profile.policy if profile else "task-kv"))
+
+
+def _resolve_budget(policy: Policy, ratio: float | None, tokens: int | None) -> Budget:
+    if isinstance(policy, Full):
+        return Budget(ratio=1.0)
+    if tokens is None:
+        return Budget(ratio=DEFAULT_RATIO if ratio is None else ratio)
+    if ratio is not None:
+        raise BudgetError(f"both ratio {ratio:g} and budget {tokens} were given - choose one")
+    return Budget(tokens=tokens)

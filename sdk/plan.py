@@ -1,0 +1,95 @@
+"""What a policy sees of a prompt, and what it answers: which positions each KV head keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import avg_pool1d
+
+from thinkkv.kernels.window_scores.reference import window_scores
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """One sequence's prompt in one layer, restricted to what the layer's sliding window still admits.
+
+    Args:
+        layer, layers: index of the layer, and how many the model has.
+        queries: [Hq, N, D], rotated.
+        keys, values: [n, N, D].
+        scale: softmax scale.
+    """
+
+    layer: int
+    layers: int
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    scale: float
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens, N."""
+        return self.keys.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads, n."""
+        return self.keys.shape[0]
+
+    def window_scores(self, observation_window: int) -> torch.Tensor:
+        """[Hq, N] float32: mean attention of the last ``observation_window`` queries."""
+        window = min(observation_window, self.tokens)
+        return window_scores(self.queries[:, self.tokens - window :], self.keys, scale=self.scale)
+
+    def per_kv_head(self, scores: torch.Tensor) -> torch.Tensor:
+        """[Hq, N] scores averaged over each query group: [n, N]."""
+        return scores.unflatten(0, (self.kv_heads, -1)).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class KeepPlan:
+    """Which prompt positions every KV head of a layer keeps.
+
+    Args:
+        kept: per KV head its positions in the view, ascending, int64.
+        heterogeneous: KV heads that the policy classed as heterogeneous.
+        head_scores: [n] float32, what the classes were decided by, where there is such a score.
+    """
+
+    kept: tuple[torch.Tensor, ...]
+    heterogeneous: tuple[int, ...] = ()
+    head_scores: torch.Tensor | None = None
+
+    @classmethod
+    def everything(cls, prompt: PromptView, **labels: object) -> KeepPlan:
+        """All heads keep all tokens."""
+        positions = torch.arange(prompt.tokens, device=prompt.keys.device)
+        return cls(kept=(positions,) * prompt.kv_heads, **labels)  # type: ignore[arg-type]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens kept, summed over the KV heads."""
+        return sum(len(positions) for positions in self.kept)
+
+
+def pool(scores: torch.Tensor, kernel: int) -> torch.Tensor:
+    """Average-pool scores over neighbouring tokens, [n, N] to [n, N]; kernel 1 leaves them alone."""
+    if kernel == 1 or scores.shape[1] == 0:
+        return scores
+    return avg_pool1d(scores[None], kernel, stride=1, padding=kernel // 2, count_include_pad=True)[0]
+
+
+def best(scores: torch.Tensor, count: int, offset: int = 0) -> torch.Tensor:
+    """Positions of the ``count`` highest scores of each row, [n, count] int64, shifted by ``offset``."""
+    return scores.topk(min(count, scores.shape[1]), dim=1).indices + offset
+
+
+def sinks_middle_recent(
+    heads: Sequence[int], tokens: int, *, sinks: int, recent: int, middle: torch.Tensor, device: torch.device
+) -> dict[int, torch.Tensor]:
+    """Kept positions of ``heads``: the first ``sinks``, ``middle[i]`` of head i, the last ``recent``."""
+    ends = torch.cat([torch.arange(sinks, device=device), torch.arange(tokens - recent, tokens, device=device)])
+    return {head: torch.cat([ends, middle[head]]).sort().values for head in heads}

@@ -1,0 +1,40 @@
+"""Cache policies by name; a new one is a file beside these and a line here."""
+
+from __future__ import annotations
+
+from thinkkv.patches.errors import BudgetError
+from thinkkv.sdk.policies.adakv import AdaKV
+from thinkkv.sdk.policies.full import Full
+from thinkkv.sdk.policies.policy import Policy
+from thinkkv.sdk.policies.pyramidkv import PyramidKV
+from thinkkv.sdk.policies.retrieval_kv import RetrievalKV
+from thinkkv.sdk.policies.snapkv import SnapKV
+from thinkkv.sdk.policies.streaming_llm import StreamingLLM
+from thinkkv.sdk.policies.task_kv import TaskKV
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Full, TaskKV, RetrievalKV, StreamingLLM, SnapKV, PyramidKV, AdaKV)
+}
+
+__all__ = [
+    "POLICIES",
+    "AdaKV",
+    "Full",
+    "Policy",
+    "PyramidKV",
+    "RetrievalKV",
+    "SnapKV",
+    "StreamingLLM",
+    "TaskKV",
+]
+
+
+def policy_named(name: str) -> Policy:
+    """The policy of this name with its defaults.
+
+    Raises:
+        BudgetError: there is none.
+    """
+    if name not in POLICIES:
+        raise BudgetError(f"no policy {name!r} - choose one of {', '.join(POLICIES)}")
+    return POLICIES[name]()

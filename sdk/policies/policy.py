@@ -1,0 +1,52 @@
+"""What every cache policy is: a rule that turns a prompt and a budget into a keep-plan."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
+from thinkkv.sdk.plan import KeepPlan, PromptView
+
+
+class Policy(ABC):
+    """A rule for what each KV head keeps of the prompt; a frozen dataclass of its named choices."""
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def smallest(self) -> int:
+        """Tokens per head on average below which the policy cannot work."""
+
+    @property
+    def always_kept(self) -> int:
+        """A layer that sees no more tokens than this keeps them all, whatever the budget."""
+        return self.smallest
+
+    @property
+    def kept_ends(self) -> tuple[int, int]:
+        """(sinks, recent): what a bounded row always keeps while decoding; the rest goes to the best middle tokens."""
+        return 0, self.smallest
+
+    @property
+    def pooling_width(self) -> int:
+        """Width of the average over neighbouring scores before middle tokens are chosen."""
+        return 7
+
+    def layer_budgets(self, layers: Sequence[LayerPrompt], budget: Budget) -> list[LayerBudget]:
+        """Spread the budget of one sequence over the layers that it does not keep whole.
+
+        Args:
+            layers: those layers, in order.
+            budget: the promise.
+
+        Returns:
+            One budget per layer; their sum never exceeds the promise.
+        """
+        return even_layers(layers, budget)
+
+    @abstractmethod
+    def plan(self, prompt: PromptView, budget: LayerBudget) -> KeepPlan:
+        """Choose what each KV head keeps; at most ``budget.tokens`` in all."""

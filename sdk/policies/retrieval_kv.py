@@ -1,0 +1,118 @@
+"""Retrieval-KV: the KV heads that look things up keep everything. Our own policy, not a paper's.
+
+A profile calibrated with ``--score retrieval`` ranks all KV heads of the model by the attention mass they put on an
+answer's tokens in synthetic needle prompts (the idea of DuoAttention, HeadKV and RazorAttention; the score is ours).
+The best share of them, over all layers at once, keeps the whole cache; the others keep what Task-KV's others keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from thinkkv.patches.errors import ProfileMismatchError
+from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
+from thinkkv.sdk.plan import KeepPlan, PromptView
+from thinkkv.sdk.policies.policy import Policy
+from thinkkv.sdk.policies.task_kv import Split, keep_split
+
+
+@dataclass(frozen=True)
+class RetrievalKV(Policy):
+    """Full cache for the best retrieval heads of the whole model.
+
+    Args:
+        head_scores: [layers][KV heads] calibrated scores, higher keeps more; from a profile.
+        share: share of all KV heads that keep everything; lowered where the budget forces it.
+        sinks, recent, observation_window, pooling: as in Task-KV, for the other heads.
+    """
+
+    name: ClassVar[str] = "retrieval-kv"
+
+    head_scores: tuple[tuple[float, ...], ...] = ()
+    share: float = 0.2
+    sinks: int = 16
+    recent: int = 256
+    observation_window: int = 32
+    pooling: int = 7
+
+    @property
+    def smallest(self) -> int:
+        """The sinks and the observation window."""
+        return self.sinks + self.observation_window
+
+    @property
+    def kept_ends(self) -> tuple[int, int]:
+        """Sinks and recent tokens."""
+        return self.sinks, self.recent
+
+    @property
+    def pooling_width(self) -> int:
+        """As for the prompt's middle tokens."""
+        return self.pooling
+
+    @property
+    def always_kept(self) -> int:
+        """Sinks and recent tokens."""
+        return self.sinks + self.recent
+
+    def layer_budgets(self, layers: Sequence[LayerPrompt], budget: Budget) -> list[LayerBudget]:
+        """As many of the best heads as fit are full; every other head of the model gets the same tokens."""
+        if not self.head_scores:
+            raise ProfileMismatchError(
+                "retrieval-kv chooses its heads by a profile - calibrate one with "
+                "`thinkkv patch --score retrieval` and pass it"
+            )
+        total = sum(layer.tokens for layer in even_layers(layers, budget))
+        visible = {layer.layer: layer.visible for layer in layers}
+        ranked = self._ranked(layer.layer for layer in layers)
+        for count in range(round(self.share * len(ranked)), -1, -1):
+            full = ranked[:count]
+            left = total - sum(visible[layer] for layer, _ in full)
+            each = _level([visible[layer] for layer, _ in ranked[count:]], left)
+            if each >= self.sinks + self.recent:
+                break
+        return [self._layer(layer, each, tuple(sorted(h for at, h in full if at == layer.layer))) for layer in layers]
+
+    def best_heads(self) -> tuple[tuple[int, ...], ...]:
+        """Per layer, its heads among the best ``share`` of the whole model."""
+        ranked = self._ranked(range(len(self.head_scores)))
+        chosen = set(ranked[: round(self.share * len(ranked))])
+        return tuple(
+            tuple(head for head in range(len(row)) if (layer, head) in chosen)
+            for layer, row in enumerate(self.head_scores)
+        )
+
+    def _ranked(self, layers: Iterable[int]) -> list[tuple[int, int]]:
+        """(layer, KV head) of these layers, best score first."""
+        heads = [(layer, head) for layer in layers for head in range(len(self.head_scores[layer]))]
+        return sorted(heads, key=lambda head: -self.head_scores[head[0]][head[1]])
+
+    def plan(self, prompt: PromptView, budget: LayerBudget) -> KeepPlan:
+        """Keep everything in the budget's full heads, sinks + middle + recent in the others."""
+        scores = torch.tensor(self.head_scores[prompt.layer])
+        if budget.tokens >= prompt.tokens * prompt.kv_heads:
+            return KeepPlan.everything(prompt, heterogeneous=self.best_heads()[prompt.layer], head_scores=scores)
+        others = prompt.kv_heads - len(budget.full_heads)
+        each = (budget.tokens - len(budget.full_heads) * prompt.tokens) // others
+        recent = min(self.recent, each - self.sinks)
+        split = Split(len(budget.full_heads), self.sinks, each - self.sinks - recent, recent)
+        window = prompt.per_kv_head(prompt.window_scores(self.observation_window))
+        kept = keep_split(prompt, budget.full_heads, split, window, self.pooling)
+        return KeepPlan(kept=kept, heterogeneous=budget.full_heads, head_scores=scores)
+
+    @staticmethod
+    def _layer(layer: LayerPrompt, each: int, full: tuple[int, ...]) -> LayerBudget:
+        others = layer.kv_heads - len(full)
+        return LayerBudget(len(full) * layer.visible + others * min(each, layer.visible), full)
+
+
+def _level(visible: Sequence[int], tokens: int) -> int:
+    """Tokens per head if what heads of short layers cannot use goes to those of long ones."""
+    rest = sorted(visible)
+    while rest and tokens // len(rest) >= rest[0]:
+        tokens -= rest.pop(0)
+    return tokens // len(rest) if rest else max(visible, default=tokens)
