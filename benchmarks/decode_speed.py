@@ -180,10 +180,13 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--turns", type=int, default=8, help=f"blocks of {STEPS_PER_TURN} decode steps per setting")
     parser.add_argument("--prefills", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="torch threads; default: one per core")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     if arguments.child:
         child(arguments)
         return

@@ -6,6 +6,8 @@ tokens in place. So the peak is one full layer plus the compacted rest. All stat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,7 +20,7 @@ from thinkkv.sdk.bounded import RecentQueries, entries_to_keep, rows_over_limit
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.plan import KeepPlan, PromptView
 from thinkkv.sdk.prompt_attention import prompt_attention, real_tokens
-from thinkkv.sdk.store import LayerStore, Row, RowGroup
+from thinkkv.sdk.store import SPARE_TOKENS, LayerStore, Row, RowGroup
 
 
 class NewTokens:
@@ -50,6 +52,7 @@ class SequencePlan:
         kept_per_head: the same per KV head.
         heterogeneous: the KV heads classed so.
         head_scores: per KV head, where the policy has such scores.
+        in_window: per KV head the kept positions, int32, where a sliding window will leave them behind; else empty.
     """
 
     prompt_tokens: int
@@ -57,6 +60,7 @@ class SequencePlan:
     kept_per_head: tuple[int, ...]
     heterogeneous: tuple[int, ...]
     head_scores: tuple[float, ...] | None
+    in_window: tuple[torch.Tensor, ...] = ()
 
 
 class HeterogeneousLayer(CacheLayerMixin):
@@ -76,9 +80,16 @@ class HeterogeneousLayer(CacheLayerMixin):
         self.store: LayerStore | None = None
         self.plans: tuple[SequencePlan, ...] = ()
         self.seen = 0
-        self.appended: tuple[int, ...] = ()
         self.recent_queries = RecentQueries()
         self.is_initialized = False
+
+    @property
+    def appended(self) -> tuple[int, ...]:
+        """Real tokens that each sequence has received after its prompt."""
+        if self.store is None:
+            return ()
+        following = self.store.next_positions()[:: self.shape.kv_heads].tolist()
+        return tuple(end - plan.prompt_tokens for end, plan in zip(following, self.plans, strict=True))
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to prepare: storage is sized when the prompt's plan is known."""
@@ -128,14 +139,15 @@ class HeterogeneousLayer(CacheLayerMixin):
             out = prompt_attention(
                 query, keys, values, scale=scale, real=real, window=self.shape.window, dropout=dropout
             )
-            with torch.no_grad():
+            with _bookkeeping():
                 self._compact(query, keys, values, scale, real)
         else:
-            with torch.no_grad():
-                self._append(self.store, keys, values, real)
+            self._append(self.store, keys.detach(), values.detach(), real)
             out = self._attend_rows(self.store, query, scale, real)
+            if real is not None or query.shape[2] > SPARE_TOKENS:
+                self._leave_window(self.store)  # such a chunk has made the arena outgrow the window
             if self.compression.bounds(self.index):
-                with torch.no_grad():
+                with _bookkeeping():
                     self._cut_back(self.store, query, scale, real)
         self.seen += query.shape[2]
         return out
@@ -168,12 +180,23 @@ class HeterogeneousLayer(CacheLayerMixin):
                         limit=self._limit(plan, head),
                     )
                 )
-            scores = None if plan.head_scores is None else tuple(plan.head_scores.tolist())
-            plans.append(SequencePlan(length, plan.tokens, tuple(map(len, plan.kept)), plan.heterogeneous, scores))
+            plans.append(self._summary(plan, length, first))
             ends += [length] * kv_heads
         self.store = LayerStore(rows, torch.tensor(ends, dtype=torch.int32, device=keys.device))
-        self.plans, self.appended = tuple(plans), (0,) * batch
+        self.plans = tuple(plans)
         self.is_initialized = True
+
+    def _summary(self, plan: KeepPlan, prompt_tokens: int, first: int) -> SequencePlan:
+        """What a report needs of a plan; ``first`` is the position of the plan's entry 0."""
+        windowed = self.shape.window is not None
+        return SequencePlan(
+            prompt_tokens=prompt_tokens,
+            kept_tokens=plan.tokens,
+            kept_per_head=tuple(map(len, plan.kept)),
+            heterogeneous=plan.heterogeneous,
+            head_scores=None if plan.head_scores is None else tuple(plan.head_scores.tolist()),
+            in_window=tuple((kept + first).to(torch.int32) for kept in plan.kept) if windowed else (),
+        )
 
     def _plan(self, sequence: list[torch.Tensor], scale: float) -> tuple[KeepPlan, int]:
         """The plan of one sequence, and the first position that its layer's window still admits."""
@@ -203,17 +226,22 @@ class HeterogeneousLayer(CacheLayerMixin):
             mine = None if queries is None else queries[group.index]
             group.keep(entries_to_keep(group, mine, self.compression.policy, scale))
 
+    def _leave_window(self, store: LayerStore) -> None:
+        """Free what a sliding window has left behind."""
+        if self.shape.window is not None:
+            with _bookkeeping():
+                store.drop_before(store.next_positions() - self.shape.window + 1)
+
     def _append(self, store: LayerStore, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None) -> None:
         new = keys.shape[2]
-        key_rows, value_rows = keys.detach().flatten(0, 1), values.detach().flatten(0, 1)
-        if self.shape.window is not None and any(group.length + new > group.capacity for group in store.groups):
-            store.drop_before(store.next_positions() - self.shape.window + 1)
+        key_rows, value_rows = keys.flatten(0, 1), values.flatten(0, 1)
+        if any(group.length + new > group.capacity for group in store.groups):
+            self._leave_window(store)
         if real is None:
             store.append(key_rows, value_rows)
-            self.appended = tuple(count + new for count in self.appended)
         else:
-            store.append_ragged(key_rows, value_rows, real.repeat_interleave(self.shape.kv_heads, dim=0))
-            self.appended = tuple(count + int(row.sum()) for count, row in zip(self.appended, real, strict=True))
+            with _bookkeeping():
+                store.append_ragged(key_rows, value_rows, real.repeat_interleave(self.shape.kv_heads, dim=0))
 
     def _attend_rows(
         self, store: LayerStore, query: torch.Tensor, scale: float, real: torch.Tensor | None
@@ -225,14 +253,14 @@ class HeterogeneousLayer(CacheLayerMixin):
         parts = [
             decode_rows(
                 part,
-                group.keys[:, : group.length],
-                group.values[:, : group.length],
+                group.keys.narrow(1, 0, group.length),
+                group.values.narrow(1, 0, group.length),
                 scale=scale,
                 visible=self._visible(group, new),
             )
             for group, part in zip(store.groups, store.split(per_row), strict=True)
         ]
-        return store.join(parts).reshape(batch, heads, new, dim)
+        return store.join(parts).view(batch, heads, new, dim)
 
     def _attend_padded(self, store: LayerStore, query: torch.Tensor, scale: float, real: torch.Tensor) -> torch.Tensor:
         """A padded chunk, row by row: rows of one group may have received different numbers of tokens."""
@@ -268,6 +296,13 @@ class HeterogeneousLayer(CacheLayerMixin):
 def _picked(states: torch.Tensor, positions: torch.Tensor, tokens: int) -> torch.Tensor:
     """[N, D] rows at ``positions``; a view where that is all of them, which the arena then copies once."""
     return states if len(positions) == tokens else states.index_select(0, positions)
+
+
+@contextmanager
+def _bookkeeping() -> Iterator[None]:
+    """Without gradients, but with normal tensors: a cache filled in inference mode may be continued outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class HeterogeneousCache(Cache):
@@ -334,7 +369,6 @@ def _crop(layer: HeterogeneousLayer, forget: int) -> None:
         return
     layer.store.truncate(forget)
     layer.seen -= forget
-    layer.appended = tuple(count - forget for count in layer.appended)
 
 
 def _refuse(what: str, instead: str) -> NoReturn:

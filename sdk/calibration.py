@@ -61,11 +61,14 @@ class _DistanceScorer(_Scorer):
 
 @dataclass(frozen=True)
 class _RetrievalScorer(_Scorer):
+    tokens: int = 0
     answer_queries: int = 1
     answer_positions: tuple[int, ...] = ()
 
     def score(self, prompt: PromptView) -> torch.Tensor:
-        mass = prompt.window_scores(self.answer_queries)[:, list(self.answer_positions)].sum(dim=1)
+        first = self.tokens - prompt.tokens  # a sliding window hides what stands before
+        seen = [position - first for position in self.answer_positions if position >= first]
+        mass = prompt.window_scores(self.answer_queries)[:, seen].sum(dim=1)
         return mass.unflatten(0, (prompt.kv_heads, -1)).amax(dim=1)
 
 
@@ -119,7 +122,7 @@ def builtin_prompts() -> list[str]:
 
 
 def _retrieval_scorer(table: CodeTable) -> _RetrievalScorer:
-    return _RetrievalScorer(answer_queries=table.answer_queries, answer_positions=table.answer_positions)
+    return _RetrievalScorer(len(table.ids), table.answer_queries, table.answer_positions)
 
 
 @torch.inference_mode()

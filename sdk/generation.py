@@ -23,15 +23,23 @@ _REFUSED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def check_generation(generation_config: Any, arguments: Mapping[str, Any]) -> None:
+def setting(name: str, arguments: Mapping[str, Any], defaults: Any) -> Any:
+    """What transformers will make of a generation option: the call's, its config object's, or the model's default."""
+    if name in arguments:
+        return arguments[name]
+    value = getattr(arguments.get("generation_config"), name, None)
+    return getattr(defaults, name, None) if value is None else value
+
+
+def check_generation(arguments: Mapping[str, Any], defaults: Any) -> None:
     """Raise UnsupportedGenerationError for a mode that needs to copy, rewind or replace the cache.
 
     Args:
-        generation_config: the one in force.
-        arguments: keyword arguments of the call, which outrank the config.
+        arguments: of the call, by name.
+        defaults: the model's own generation config.
     """
     for name, (what, is_set) in _REFUSED.items():
-        value = arguments[name] if name in arguments else getattr(generation_config, name, None)
+        value = setting(name, arguments, defaults)
         if is_set(value):
             refuse(f"{what} ({name}={_short(value)})")
 

@@ -375,7 +375,7 @@ def _load_folder(folder: Path, label: str, dtype: torch.dtype | str) -> tuple[An
         raise ModelNotFoundError(
             f"{label} cannot be loaded ({_first_line(error)}) - check its files or copy the checkpoint again"
         ) from error
-    pass
+    _refuse_missing(loaded, label)
     return model, tokenizer
 
 
@@ -395,26 +395,28 @@ def _load_gguf(path: Path, label: str, dtype: torch.dtype | None) -> tuple[Any, 
     import torch  # heavy: not for those who only resolve
 
     dtype = dtype or torch.float32
+    if path.stat().st_size > KEEP_CONVERTED_BELOW:
+        return _dequantize(path, label, dtype)
     kept = _kept_folder(path)
     if kept.is_dir():
         try:
             return _load_folder(kept, label, dtype)
         except ThinkKVError:
             shutil.rmtree(kept, ignore_errors=True)
-    model, tokenizer = _dequantize(path, label)
-    if path.stat().st_size <= KEEP_CONVERTED_BELOW:
-        _keep(model, tokenizer, kept)
-    return (model, tokenizer) if dtype == model.dtype else (_rebuild(model, dtype), tokenizer)
+    model, tokenizer = _dequantize(path, label, torch.float32)
+    _keep(model, tokenizer, kept)
+    if dtype == torch.float32:
+        return model, tokenizer
+    return _load_folder(kept, label, dtype) if kept.is_dir() else _dequantize(path, label, dtype)
 
 
-def _dequantize(path: Path, label: str) -> tuple[Any, Any]:
-    """A GGUF file as a plain float32 model that can be saved, and its tokenizer."""
-    import torch  # heavy: not for those who only resolve
-    import transformers
+def _dequantize(path: Path, label: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A GGUF file as a plain model that can be saved, and its tokenizer."""
+    import transformers  # heavy: not for those who only resolve
 
     auto_model: Any = transformers.AutoModelForCausalLM  # typed as if it never returned the loading info
-    options = {"gguf_file": path.name, "dtype": torch.float32, "output_loading_info": True}
-    if hasattr(transformers, "GgufConfig"):  # newer releases may leave the weights packed in GGUF's blocks
+    options = {"gguf_file": path.name, "dtype": dtype, "output_loading_info": True}
+    if hasattr(transformers, "GgufConfig"):  # without it, these releases mark the model as quantized: not to be saved
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model, loaded = auto_model.from_pretrained(path.parent, **options)
@@ -424,18 +426,8 @@ def _dequantize(path: Path, label: str) -> tuple[Any, Any]:
             f"{label} cannot be read ({_first_line(error)}) - it is damaged, cut off or of an architecture that "
             "transformers does not read from GGUF; get the file again, or name a checkpoint folder"
         ) from error
-    pass
-    return _rebuild(model, torch.float32), tokenizer
-
-
-def _rebuild(model: Any, dtype: torch.dtype) -> Any:
-    """The same weights in a model that knows nothing of GGUF: transformers refuses to save one that does."""
-    config = type(model.config).from_dict(model.config.to_dict())
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    rebuilt = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=dtype)
-    rebuilt.generation_config = model.generation_config
-    return rebuilt
+    _refuse_missing(loaded, label)
+    return model, tokenizer
 
 
 def _kept_folder(path: Path) -> Path:

@@ -22,7 +22,7 @@ from thinkkv.sdk.attention import NAME, register_attention
 from thinkkv.sdk.budget import Budget
 from thinkkv.sdk.cache import HeterogeneousCache
 from thinkkv.sdk.compression import Compression
-from thinkkv.sdk.generation import check_generation, refuse
+from thinkkv.sdk.generation import check_generation, refuse, setting
 from thinkkv.sdk.policies import Full, Policy, policy_named
 from thinkkv.sdk.profile import HeadProfile
 from thinkkv.sdk.report import Report, report
@@ -189,7 +189,7 @@ class PatchHandle:
             use_cache = decoder.config.use_cache  # type: ignore[union-attr]
         if decoder.training or not use_cache or given.get("past_key_values") is not None:
             return None
-        return args, kwargs | {"past_key_values": self.new_cache()}
+        return (), given | {"past_key_values": self.new_cache()}
 
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -198,12 +198,12 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     unpatched = handle._shadowed.get("generate") or MethodType(type(model).generate, model)  # type: ignore[attr-defined]
     given = inspect.signature(unpatched).bind_partial(*args, **kwargs).arguments
     given |= given.pop("kwargs", {})
-    config = given.get("generation_config") or model.generation_config
-    check_generation(config, given)
-    use_cache = given.get("use_cache", getattr(config, "use_cache", None))
+    check_generation(given, model.generation_config)
     cache = given.get("past_key_values")
-    if cache is None and use_cache is not False:
+    if cache is None and setting("use_cache", given, model.generation_config) is not False:
         cache = kwargs["past_key_values"] = handle.new_cache()
+        if setting("cache_implementation", given, model.generation_config) is not None:
+            kwargs["cache_implementation"] = None  # "dynamic", which transformers refuses beside a cache
     try:
         return unpatched(*args, **kwargs)
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,10 @@ class HeadProfile:
             raise ProfileMismatchError(f"{path} has schema {schema}, this thinkkv reads {SCHEMA} - calibrate again")
         if checksum != _checksum(content):
             raise ProfileMismatchError(f"{path} is damaged (checksum) - calibrate again with `thinkkv patch`")
+        missing = {field.name for field in fields(cls)} - content.keys()
+        if missing or content["score"] not in SCORES:
+            named = ", ".join(sorted(missing)) or "known score"
+            raise ProfileMismatchError(f"{path} is damaged (no {named}) - calibrate again with `thinkkv patch`")
         return cls(
             score=content["score"],
             scores=tuple(tuple(row) for row in content["scores"]),
@@ -144,7 +148,8 @@ def _sign_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for module in (attention[0], attention[-1]):
         weight: torch.Tensor = getattr(module, architecture.projections.k).weight
-        digest.update((weight.detach().flatten()[:4096] > 0).cpu().numpy().tobytes())
+        # The sign bit, not a comparison: a weight that float16 rounds to zero keeps it.
+        digest.update(weight.detach().flatten()[:4096].signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -105,12 +105,18 @@ def _promised(layer: HeterogeneousLayer) -> int:
 
 
 def _planned(layer: HeterogeneousLayer) -> int:
-    heads = layer.shape.kv_heads
-    tokens = (
-        min(plan.kept_tokens + sum(_growth(layer, plan, new)), heads * layer.shape.visible(plan.prompt_tokens + new))
-        for plan, new in zip(layer.plans, layer.appended, strict=True)
-    )
-    return _entry_bytes(layer) * sum(tokens)
+    needs = (_needed(layer, plan, new) for plan, new in zip(layer.plans, layer.appended, strict=True))
+    return _entry_bytes(layer) * sum(needs)
+
+
+def _needed(layer: HeterogeneousLayer, plan: SequencePlan, appended: int) -> int:
+    """Tokens of one sequence, over all KV heads, that its plan still needs."""
+    window = layer.shape.window
+    if window is None:
+        return plan.kept_tokens + sum(_growth(layer, plan, appended))
+    oldest = plan.prompt_tokens + appended - window + 1
+    kept = sum(int((positions >= oldest).sum()) for positions in plan.in_window)
+    return kept + layer.shape.kv_heads * min(appended, window - 1)
 
 
 def _growth(layer: HeterogeneousLayer, plan: SequencePlan, appended: int) -> list[int]:

@@ -82,9 +82,9 @@ class RowGroup:
         """Write [r, Q, D] new entries behind every row, in place."""
         end = self.length + keys.shape[1]
         if end > self.capacity:
-            self._grow(end)
-        self.keys[:, self.length : end] = keys
-        self.values[:, self.length : end] = values
+            self._reallocate(end)
+        self.keys.narrow(1, self.length, keys.shape[1]).copy_(keys)
+        self.values.narrow(1, self.length, keys.shape[1]).copy_(values)
         self.length = end
 
     def rows(self) -> list[Row]:
@@ -120,11 +120,19 @@ class RowGroup:
         arena[:, :kept] = chosen
         return arena
 
-    def _grow(self, length: int) -> None:
+    def truncate(self, tokens: int) -> None:
+        """Forget the last ``tokens`` entries of every row."""
+        self.length -= tokens
+        if self.capacity > roomy(self.length):
+            self._reallocate(self.length)
+
+    def _reallocate(self, length: int) -> None:
+        """Move into arenas with room for ``length`` tokens and the usual spare."""
         self.keys, self.values = (self._copied(arena, roomy(length)) for arena in (self.keys, self.values))
 
     def _copied(self, arena: torch.Tensor, capacity: int) -> torch.Tensor:
-        grown = arena.new_empty(arena.shape[0], capacity, arena.shape[2])
+        with torch.inference_mode(False):  # what inference mode allocates could not be written outside of it
+            grown = arena.new_empty(arena.shape[0], capacity, arena.shape[2])
         grown[:, : self.length] = arena[:, : self.length]
         return grown
 
@@ -188,7 +196,7 @@ class LayerStore:
     def truncate(self, tokens: int) -> None:
         """Forget the last ``tokens`` appended tokens of every row."""
         for group in self.groups:
-            group.length -= tokens
+            group.truncate(tokens)
 
     def rows(self) -> list[Row]:
         """All rows in use, as views, by row index."""

@@ -1,0 +1,47 @@
+"""Every policy with constants small enough to evict tokens of prompts of a few dozen."""
+
+from __future__ import annotations
+
+from tests.tiny_models import LAYERS
+from thinkkv.sdk.policies import (
+    AdaKV,
+    Full,
+    Policy,
+    PyramidKV,
+    RetrievalKV,
+    SnapKV,
+    StreamingLLM,
+    TaskKV,
+)
+
+SMALLEST = {
+    "full": 0,
+    "task-kv": 6,
+    "retrieval-kv": 6,
+    "streaming-llm": 3,
+    "snapkv": 5,
+    "pyramidkv": 5,
+    "adakv": 5,
+}
+"""Tokens per head that each policy below cannot do without, by its constants."""
+
+ALWAYS_KEPT = SMALLEST | {"task-kv": 10, "retrieval-kv": 8}
+"""Prompts up to this length stay whole."""
+
+NAMES = tuple(SMALLEST)
+COMPRESSING = NAMES[1:]
+
+
+def small_policy(name: str, kv_heads: int) -> Policy:
+    """The policy of this name for a tiny model."""
+    made_up = tuple(tuple(((7 * layer + 5 * head) % 11) / 11 for head in range(kv_heads)) for layer in range(LAYERS))
+    policies: dict[str, Policy] = {
+        "full": Full(),
+        "task-kv": TaskKV(sinks=2, recent=8, observation_window=4, top=16, pooling=3),
+        "retrieval-kv": RetrievalKV(head_scores=made_up, sinks=2, recent=6, observation_window=4, pooling=3),
+        "streaming-llm": StreamingLLM(sinks=2),
+        "snapkv": SnapKV(observation_window=4, pooling=3),
+        "pyramidkv": PyramidKV(observation_window=4, pooling=3, beta=4),
+        "adakv": AdaKV(observation_window=4, pooling=3),
+    }
+    return policies[name]
