@@ -80,7 +80,7 @@ def show_table(answers: dict[str, Generated]) -> None:
     for column in (
         "policy",
         "prefill s",
-        "decode tokens/s",
+        "tokens/s",
         "full",
         "promised",
         "planned",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from thinkkv.sdk.cli.console import console, print_json, quiet_libraries
+from thinkkv.patches.errors import ThinkKVError
+from thinkkv.sdk.cli.console import console, print_json, progress
 from thinkkv.sdk.cli.options import (
     budget_options,
     check_budget,
@@ -81,8 +82,8 @@ def generate(
     from thinkkv.sdk import models
 
     source = models.resolve(model)
-    quiet_libraries()
-    with console.status(f"loading {source.label}"):
+    models.fetch(source)
+    with progress(f"loading {source.label}"):
         network, tokenizer = models.load(model, dtype=dtype)
     from thinkkv.sdk.generate_text import generate_text
 
@@ -117,11 +118,18 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is None and prompt_file is None:
         if sys.stdin.isatty():
             raise click.UsageError("no prompt - give --prompt, --prompt-file or standard input")
-        prompt = click.get_text_stream("stdin").read()
-    text = prompt if prompt is not None else read_text(prompt_file)  # type: ignore[arg-type]
+        prompt = _standard_input()
+    text = read_text(prompt_file) if prompt_file is not None else str(prompt)
     if not text.strip():
         raise click.UsageError("the prompt is empty - give it some text")
     return text
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise ThinkKVError("standard input is no UTF-8 text - convert it first") from None
 
 
 def _newest(

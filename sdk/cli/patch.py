@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from thinkkv.patches.errors import ThinkKVError
-from thinkkv.sdk.cli.console import console, print_json, quiet_libraries, track
+from thinkkv.sdk.cli.console import console, print_json, progress, track
 from thinkkv.sdk.cli.options import (
     budget_options,
     check_budget,
@@ -80,8 +80,8 @@ def patch(
 
     source = models.resolve(model)
     folder = output_folder("patch", f"{Path(model).name}-{policy}", out)
-    quiet_libraries()
-    with console.status(f"loading {source.label}"):
+    models.fetch(source)
+    with progress(f"loading {source.label}"):
         network, tokenizer = models.load(model, dtype=dtype)
     result = _run(network, tokenizer, policy, score, ratio, budget, prompts, folder)
     result = {"model": model, **result, "seconds": round(time.monotonic() - start, 2)}
@@ -158,7 +158,7 @@ def _run(
     profile = calibrate(model, tokenizer, prompts, score=score, progress=track("calibrating")) if score else None
     policy = policy_named(policy_name)
     report = _measure(model, longest, policy_name, ratio, budget, profile)
-    with console.status("verifying against the stock model and dense attention"):
+    with progress("verifying against the stock model and dense attention"):
         checks = verify(
             model,
             torch.as_tensor(longest[:, :VERIFIED_TOKENS]),

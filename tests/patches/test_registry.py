@@ -275,7 +275,9 @@ class TestToyFamily:
 
 def test_a_model_whose_attention_cannot_be_exchanged_is_refused_unpatched() -> None:
     # transformers reads the source of a model's module to find out, and only logs a warning where it cannot.
-    frozen = type("FrozenForCausalLM", (LlamaForCausalLM,), {"__module__": "typed_at_a_prompt"})
+    # It remembers the answer on the class, where a subclass would inherit Llama's.
+    unknown = {"__module__": "typed_at_a_prompt", "_can_set_attn_implementation_cached_value": None}
+    frozen = type("FrozenForCausalLM", (LlamaForCausalLM,), unknown)
     model = frozen(small_config("llama")).eval()
     before = model.config._attn_implementation
     with pytest.raises(sdk.UnsupportedModelError, match="FrozenForCausalLM"):

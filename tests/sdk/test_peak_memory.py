@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tests.tiny_models import Case
 
+from tests.tiny_models import Case
 from thinkkv import sdk
 from thinkkv.sdk.budget import LayerBudget
 from thinkkv.sdk.plan import KeepPlan, PromptView
