@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from thinkkv.patches.errors import UnsupportedGenerationError
-from thinkkv.sdk.cache import NewTokens
+from thinkkv.sdk.layer import NewTokens
 
 NAME = "thinkkv"
 """Name of the attention implementation."""

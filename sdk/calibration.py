@@ -152,10 +152,11 @@ def _profile(
     model: nn.Module, shapes: Sequence[LayerShape], score: str, scores: torch.Tensor, texts: Sequence[str]
 ) -> HeadProfile:
     rows = tuple(tuple(row) for row in scores.tolist())
+    classes = _distance_classes(shapes, scores) if score == "distance" else RetrievalKV(head_scores=rows).best_heads()
     return HeadProfile(
         score=score,
         scores=rows,
-        heterogeneous=_distance_classes(shapes, scores) if score == "distance" else RetrievalKV(rows).best_heads(),
+        heterogeneous=classes,
         fingerprint=fingerprint_of(model, shapes),
         calibration={"prompts": len(texts), "sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()},
     )

@@ -117,7 +117,7 @@ class PatchHandle:
     def new_cache(self) -> HeterogeneousCache:
         """An empty cache, to be passed as ``past_key_values`` and kept over several turns."""
         cache = HeterogeneousCache(self._compression)
-        self._latest = weakref.ref(cache)
+        self._latest, self._snapshot = weakref.ref(cache), None
         return cache
 
     def report(self, cache: HeterogeneousCache | None = None) -> Report:
@@ -129,9 +129,11 @@ class PatchHandle:
         Raises:
             PatchStateError: nothing has been cached yet, or the cache is gone.
         """
-        cache = cache or (self._latest() if self._latest else None)
         if cache is not None:
             return report(cache)
+        newest = self._latest() if self._latest else None
+        if newest is not None and newest.get_seq_length():
+            return report(newest)
         if self._snapshot is None:
             raise PatchStateError("no cache to report on - generate first, or keep the model's past_key_values alive")
         return self._snapshot
@@ -162,6 +164,11 @@ class PatchHandle:
         register_attention()
         model = self._model
         self._previous_attention = model.config._attn_implementation
+        if self._previous_attention == NAME:
+            raise PatchStateError(
+                "the model shares its config object with a patched model - give each model a config of its own "
+                "(copy.deepcopy(config))"
+            )
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:  # transformers only logs that it cannot
             raise UnsupportedModelError(
@@ -207,7 +214,7 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     try:
         return unpatched(*args, **kwargs)
     finally:
-        if isinstance(cache, HeterogeneousCache):
+        if isinstance(cache, HeterogeneousCache) and cache.get_seq_length():
             handle._latest, handle._snapshot = weakref.ref(cache), report(cache)
 
 

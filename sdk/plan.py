@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,11 +84,3 @@ def pool(scores: torch.Tensor, kernel: int) -> torch.Tensor:
 def best(scores: torch.Tensor, count: int, offset: int = 0) -> torch.Tensor:
     """Positions of the ``count`` highest scores of each row, [n, count] int64, shifted by ``offset``."""
     return scores.topk(min(count, scores.shape[1]), dim=1).indices + offset
-
-
-def sinks_middle_recent(
-    heads: Sequence[int], tokens: int, *, sinks: int, recent: int, middle: torch.Tensor, device: torch.device
-) -> dict[int, torch.Tensor]:
-    """Kept positions of ``heads``: the first ``sinks``, ``middle[i]`` of head i, the last ``recent``."""
-    ends = torch.cat([torch.arange(sinks, device=device), torch.arange(tokens - recent, tokens, device=device)])
-    return {head: torch.cat([ends, middle[head]]).sort().values for head in heads}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thinkkv.sdk.bounded import SEGMENT
-from thinkkv.sdk.cache import HeterogeneousCache, HeterogeneousLayer, SequencePlan
+from thinkkv.sdk.cache import HeterogeneousCache
+from thinkkv.sdk.layer import HeterogeneousLayer, SequencePlan
 from thinkkv.sdk.store import RowGroup
 
 

@@ -16,12 +16,11 @@ import torch
 from thinkkv.patches.errors import ProfileMismatchError
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
 from thinkkv.sdk.plan import KeepPlan, PromptView
-from thinkkv.sdk.policies.policy import Policy
-from thinkkv.sdk.policies.task_kv import Split, keep_split
+from thinkkv.sdk.policies.sinks_middle_recent import SinksMiddleRecent
 
 
 @dataclass(frozen=True)
-class RetrievalKV(Policy):
+class RetrievalKV(SinksMiddleRecent):
     """Full cache for the best retrieval heads of the whole model.
 
     Args:
@@ -34,30 +33,6 @@ class RetrievalKV(Policy):
 
     head_scores: tuple[tuple[float, ...], ...] = ()
     share: float = 0.2
-    sinks: int = 16
-    recent: int = 256
-    observation_window: int = 32
-    pooling: int = 7
-
-    @property
-    def smallest(self) -> int:
-        """The sinks and the observation window."""
-        return self.sinks + self.observation_window
-
-    @property
-    def kept_ends(self) -> tuple[int, int]:
-        """Sinks and recent tokens."""
-        return self.sinks, self.recent
-
-    @property
-    def pooling_width(self) -> int:
-        """As for the prompt's middle tokens."""
-        return self.pooling
-
-    @property
-    def always_kept(self) -> int:
-        """Sinks and recent tokens."""
-        return self.sinks + self.recent
 
     def layer_budgets(self, layers: Sequence[LayerPrompt], budget: Budget) -> list[LayerBudget]:
         """As many of the best heads as fit are full; every other head of the model gets the same tokens."""
@@ -98,10 +73,9 @@ class RetrievalKV(Policy):
             return KeepPlan.everything(prompt, heterogeneous=self.best_heads()[prompt.layer], head_scores=scores)
         others = prompt.kv_heads - len(budget.full_heads)
         each = (budget.tokens - len(budget.full_heads) * prompt.tokens) // others
-        recent = min(self.recent, each - self.sinks)
-        split = Split(len(budget.full_heads), self.sinks, each - self.sinks - recent, recent)
+        split = self.split_of(len(budget.full_heads), each)
         window = prompt.per_kv_head(prompt.window_scores(self.observation_window))
-        kept = keep_split(prompt, budget.full_heads, split, window, self.pooling)
+        kept = self.keep(prompt, budget.full_heads, split, window)
         return KeepPlan(kept=kept, heterogeneous=budget.full_heads, head_scores=scores)
 
     @staticmethod

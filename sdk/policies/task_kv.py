@@ -13,10 +13,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.budget import LayerBudget
-from thinkkv.sdk.plan import KeepPlan, PromptView, best, pool, sinks_middle_recent
-from thinkkv.sdk.policies.policy import Policy
+from thinkkv.sdk.plan import KeepPlan, PromptView
+from thinkkv.sdk.policies.sinks_middle_recent import SinksMiddleRecent, Split
 from thinkkv.sdk.separator import Reduction, Unit, head_distances
 
 Nearest = Literal["inside", "on-top", "none"]
@@ -29,32 +28,17 @@ _ROUND: dict[str, Callable[[float], int]] = {
 
 
 @dataclass(frozen=True)
-class Split:
-    """How a layer's budget falls to its heads, after the fallback where the paper's k would be negative.
-
-    Args:
-        full: heads that keep everything.
-        sinks, middle, recent: tokens of each other head.
-    """
-
-    full: int
-    sinks: int
-    middle: int
-    recent: int
-
-
-@dataclass(frozen=True)
-class TaskKV(Policy):
+class TaskKV(SinksMiddleRecent):
     """Task-KV with its published constants.
 
     Args:
         beta: share of a bottom layer's heads that are heterogeneous (eq. 16); default .25 for MHA, .3 for GQA, as the
             paper has it for Llama-2-7B and Mistral-7B.
         top_layer_heads: m of eq. 16; default an eighth of the heads, at least 1: the paper's 4 of 32 and 1 of 8.
-        sinks, recent: s1 and s2, tokens of every other head.
-        observation_window: L of eq. 12, queries.
+        sinks, recent: s1 and s2.
+        observation_window: L of eq. 12, for the separator and for the middle tokens.
+        pooling: for the middle tokens.
         top: t of eq. 14, tokens in a semantic vector.
-        pooling: width of the average over neighbouring scores before the middle tokens are chosen.
         unit, reduction: how query heads that share a KV head count (our choice; the paper is silent).
         nearest: whether the head nearest to the center counts inside f(r), on top of it, or is not added.
         rounding: of f(r) to whole heads (our choice).
@@ -65,36 +49,12 @@ class TaskKV(Policy):
 
     beta: float | None = None
     top_layer_heads: int | None = None
-    sinks: int = 16
-    recent: int = 256
-    observation_window: int = 32
     top: int = 256
-    pooling: int = 7
     unit: Unit = "query"
     reduction: Reduction = "max"
     nearest: Nearest = "inside"
     rounding: Rounding = "nearest"
     head_scores: tuple[tuple[float, ...], ...] | None = None
-
-    @property
-    def smallest(self) -> int:
-        """The sinks and the observation window itself: the question must survive."""
-        return self.sinks + self.observation_window
-
-    @property
-    def kept_ends(self) -> tuple[int, int]:
-        """Sinks and recent tokens."""
-        return self.sinks, self.recent
-
-    @property
-    def pooling_width(self) -> int:
-        """As for the prompt's middle tokens."""
-        return self.pooling
-
-    @property
-    def always_kept(self) -> int:
-        """Sinks and recent tokens: a shorter prompt has no middle."""
-        return self.sinks + self.recent
 
     def heterogeneous_count(self, kv_heads: int, query_heads: int, layer: int, layers: int) -> int:
         """f(r), eq. 16: fewer full heads toward the top layers, rounded to whole heads."""
@@ -110,10 +70,8 @@ class TaskKV(Policy):
             others = prompt.kv_heads - full
             each = (budget.tokens - prompt.tokens * full) // others if others else -1
             if each >= self.sinks + self.recent:
-                return Split(full, self.sinks, each - self.sinks - self.recent, self.recent)
-        each = budget.tokens // prompt.kv_heads
-        recent = min(self.recent, each - self.sinks)
-        return Split(0, self.sinks, each - self.sinks - recent, recent)
+                return self.split_of(full, each)
+        return self.split_of(0, budget.tokens // prompt.kv_heads)
 
     def plan(self, prompt: PromptView, budget: LayerBudget) -> KeepPlan:
         """Separate the heads and choose the other heads' tokens."""
@@ -126,7 +84,7 @@ class TaskKV(Policy):
         split = self.split(prompt, budget)
         full = self._choose(distances, split.full)
         return KeepPlan(
-            kept=keep_split(prompt, full, split, prompt.per_kv_head(scores), self.pooling),
+            kept=self.keep(prompt, full, split, prompt.per_kv_head(scores)),
             heterogeneous=full,
             head_scores=distances,
         )
@@ -163,27 +121,3 @@ def choose_heads(distances: torch.Tensor, count: int, *, nearest: bool) -> tuple
     if nearest and 1 < count < len(farthest_first):
         chosen[-1] = farthest_first[-1]
     return tuple(sorted(chosen))
-
-
-def keep_split(
-    prompt: PromptView, full: tuple[int, ...], split: Split, scores: torch.Tensor, pooling: int
-) -> tuple[torch.Tensor, ...]:
-    """Kept positions per KV head: everything for ``full``, sinks + best middle + recent for the others.
-
-    Args:
-        scores: [n, N] window scores per KV head.
-    """
-    tokens, device = prompt.tokens, prompt.keys.device
-    if split.sinks + split.recent > tokens or split.recent < 0:
-        raise BudgetError(f"{split.sinks} sinks and {split.recent} recent tokens do not fit {tokens} - shorten them")
-    between = pool(scores[:, split.sinks : tokens - split.recent], pooling)
-    others = sinks_middle_recent(
-        [head for head in range(prompt.kv_heads) if head not in full],
-        tokens,
-        sinks=split.sinks,
-        recent=split.recent,
-        middle=best(between, split.middle, offset=split.sinks),
-        device=device,
-    )
-    whole = torch.arange(tokens, device=device)
-    return tuple(others.get(head, whole) for head in range(prompt.kv_heads))

@@ -150,6 +150,26 @@ class TestOutputs:
             assert [len(one) for one in found] == [1, 1]
             assert handle.report().bytes.used < 0.9 * handle.report().bytes.full
 
+    def test_embeddings_instead_of_ids(self, model: Any, ids: torch.Tensor) -> None:
+        embeddings = model.get_input_embeddings()(ids).detach()
+        stock = model.generate(inputs_embeds=embeddings, max_new_tokens=8, do_sample=False)
+        with sdk.apply(model, policy="full") as handle:
+            found = model.generate(inputs_embeds=embeddings, max_new_tokens=8, do_sample=False)
+            assert handle.report().tokens_seen == 97
+        assert torch.equal(found, stock)
+
+    def test_an_interrupted_generation_leaves_its_report(self, model: Any, ids: torch.Tensor) -> None:
+        class Impatient(Recorder):
+            def put(self, value: torch.Tensor) -> None:
+                super().put(value)
+                if len(self.tokens) == 93:
+                    raise KeyboardInterrupt
+
+        with sdk.apply(model, policy="full") as handle:
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(ids, max_new_tokens=20, do_sample=False, streamer=Impatient())
+            assert handle.report().tokens_seen == 92
+
     def test_inference_mode(self, model: Any, ids: torch.Tensor) -> None:
         with sdk.apply(model, policy=SMALL_TASK_KV, ratio=0.75):
             expected = model.generate(ids, max_new_tokens=200, do_sample=False)

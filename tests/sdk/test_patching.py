@@ -196,6 +196,27 @@ class TestForward:
         assert found.past_key_values is None
         assert torch.equal(found.logits, stock.logits)
 
+    @pytest.mark.parametrize("padding", ["left", "right", "holes"])
+    def test_logits_of_real_tokens_do_not_depend_on_where_the_padding_is(self, model: Any, padding: str) -> None:
+        ids = prompts([60, 60]).ids
+        mask = torch.ones_like(ids)
+        mask[1, {"left": slice(0, 20), "right": slice(40, 60), "holes": slice(20, 50, 2)}[padding]] = 0
+        stock = model(ids, attention_mask=mask).logits[mask.bool()]
+        with sdk.apply(model, policy="full"):
+            found = model(ids, attention_mask=mask).logits[mask.bool()]
+        torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
+
+    def test_gradients_through_our_cache_are_stock(self, model: Any, ids: torch.Tensor) -> None:
+        model(ids, labels=ids).loss.backward()
+        stock = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        with sdk.apply(model, policy="snapkv", ratio=0.5) as handle:
+            out = model(ids, labels=ids)
+            out.loss.backward()
+            assert handle.report(out.past_key_values).bytes.used < 0.6 * handle.report().bytes.full
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, stock[name], rtol=1e-4, atol=1e-5, msg=name)
+
     @pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen3-mixed"])
     def test_a_cache_of_the_users_own_works_like_stock(self, variant: str, ids: torch.Tensor) -> None:
         model = new_model(variant, 2)
@@ -502,3 +523,27 @@ class TestIndependence:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert loaded.config._attn_implementation == "sdpa"
         assert greedy(loaded, ids) == stock
+
+
+class TestReportAndSharing:
+    def test_a_failed_generate_leaves_no_report(self, model: Any) -> None:
+        with sdk.apply(model, ratio=0.01) as handle:
+            with pytest.raises(sdk.BudgetError):
+                model.generate(torch.randint(1, 97, (1, 300)), max_new_tokens=2)
+            with pytest.raises(sdk.PatchStateError, match="generate first"):
+                handle.report()
+
+    def test_a_dead_cache_is_not_reported_as_an_older_one(self, model: Any, ids: torch.Tensor) -> None:
+        with sdk.apply(model, policy="full") as handle:
+            model.generate(ids, max_new_tokens=2)
+            assert handle.report().tokens_seen > 0
+            with torch.no_grad():
+                model(ids)
+            with pytest.raises(sdk.PatchStateError):
+                handle.report()
+
+    def test_models_that_share_a_config_are_told_apart_or_refused(self, model: Any) -> None:
+        twin = type(model)(model.config)
+        with sdk.apply(model), pytest.raises(sdk.PatchStateError, match="config"):
+            sdk.apply(twin)
+        assert model.config._attn_implementation == "sdpa"

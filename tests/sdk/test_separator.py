@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from thinkkv.sdk.budget import LayerBudget
 from thinkkv.sdk.plan import PromptView
-from thinkkv.sdk.policies.task_kv import Split, TaskKV, choose_heads
+from thinkkv.sdk.policies.sinks_middle_recent import Split
+from thinkkv.sdk.policies.task_kv import TaskKV, choose_heads
 from thinkkv.sdk.separator import head_distances
 
 

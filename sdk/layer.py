@@ -1,0 +1,324 @@
+"""One layer of a heterogeneous cache: attend to the prompt, compact it, then append in place.
+
+The layer attends to its whole prompt once, compacts it at once to what the policy keeps, and from then on writes new
+tokens in place. So the peak over the model is one full layer plus the compacted rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from thinkkv.kernels.ragged_decode.reference import decode_rows
+from thinkkv.patches.errors import UnsupportedGenerationError
+from thinkkv.sdk.bounded import RecentQueries, entries_to_keep, rows_over_limit
+from thinkkv.sdk.compression import Compression
+from thinkkv.sdk.plan import KeepPlan, PromptView
+from thinkkv.sdk.prompt_attention import prompt_attention, real_tokens
+from thinkkv.sdk.store import SPARE_TOKENS, LayerStore, Row, RowGroup
+
+
+class NewTokens:
+    """A layer's new keys and values, on their way from the cache to thinkkv's attention function.
+
+    It is no tensor on purpose: another attention function would attend to the new tokens alone, so it must fail.
+    """
+
+    def __init__(self, layer: HeterogeneousLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.layer, self.keys, self.values = layer, keys, values
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Special names are probed by libraries and must look absent rather than break them.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnsupportedGenerationError(
+            "a thinkkv cache was passed to a model that does not attend through thinkkv - "
+            "call sdk.apply(model) before using the cache, and do not change the attention implementation"
+        )
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """What was decided for one sequence in one layer.
+
+    Args:
+        prompt_tokens: real tokens of the prompt.
+        kept_tokens: tokens kept of it, summed over the KV heads.
+        kept_per_head: the same per KV head.
+        heterogeneous: the KV heads classed so.
+        head_scores: per KV head, where the policy has such scores.
+        in_window: per KV head the kept positions, int32, where a sliding window will leave them behind; else empty.
+    """
+
+    prompt_tokens: int
+    kept_tokens: int
+    kept_per_head: tuple[int, ...]
+    heterogeneous: tuple[int, ...]
+    head_scores: tuple[float, ...] | None
+    in_window: tuple[torch.Tensor, ...] = ()
+
+
+class HeterogeneousLayer(CacheLayerMixin):
+    """The cache of one layer."""
+
+    is_sliding = False
+
+    def __init__(self, index: int, compression: Compression) -> None:
+        super().__init__()
+        self.index = index
+        self.compression = compression
+        self.shape = compression.shapes[index]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything and free the storage."""
+        self.store: LayerStore | None = None
+        self.plans: tuple[SequencePlan, ...] = ()
+        self.seen = 0
+        self.recent_queries = RecentQueries()
+        self.is_initialized = False
+
+    @property
+    def appended(self) -> tuple[int, ...]:
+        """Real tokens that each sequence has received after its prompt."""
+        if self.store is None:
+            return ()
+        following = self.store.next_positions()[:: self.shape.kv_heads].tolist()
+        return tuple(end - plan.prompt_tokens for end, plan in zip(following, self.plans, strict=True))
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to prepare: storage is sized when the prompt's plan is known."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Hand the new tokens over to the attention function, which attends and stores them."""
+        new = NewTokens(self, key_states, value_states)
+        return new, new
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included, evicted ones too."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of a mask over everything seen."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers before 5.14
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scale: float,
+        real: torch.Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> torch.Tensor:
+        """Attend new tokens to this layer and store them.
+
+        Args:
+            query: [B, Hq, Q, D].
+            keys, values: [B, n, Q, D] of the same tokens.
+            scale: softmax scale.
+            real: [B, Q] bool, False at padding; None where there is none.
+            dropout: probability, in training.
+
+        Returns:
+            [B, Hq, Q, D].
+        """
+        if self.store is None:
+            out = prompt_attention(
+                query, keys, values, scale=scale, real=real, window=self.shape.window, dropout=dropout
+            )
+            with _bookkeeping():
+                self._compact(query, keys, values, scale, real)
+        else:
+            self._append(self.store, keys.detach(), values.detach(), real)
+            out = self._attend_rows(self.store, query, scale, real)
+            if real is not None or query.shape[2] > SPARE_TOKENS:
+                self._leave_window(self.store)  # such a chunk has made the arena outgrow the window
+            if self.compression.bounds(self.index):
+                with _bookkeeping():
+                    self._cut_back(self.store, query, scale, real)
+        self.seen += query.shape[2]
+        return out
+
+    def kept_positions(self) -> list[list[list[int]]]:
+        """Token positions in store: ``[sequence][KV head]``, each ascending."""
+        if self.store is None:
+            return []
+        rows = [row.positions.tolist() for row in self.store.rows()]
+        return [rows[i : i + self.shape.kv_heads] for i in range(0, len(rows), self.shape.kv_heads)]
+
+    @property
+    def croppable(self) -> int:
+        """How many of the newest tokens every row still holds one by one."""
+        groups = self.store.groups if self.store else []
+        return min((group.length - group.placed.shape[1] for group in groups), default=0)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest ``tokens``, at most ``croppable``."""
+        if self.store is not None:
+            self.store.truncate(tokens)
+            self.seen -= tokens
+
+    def _compact(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        real: torch.Tensor | None,
+    ) -> None:
+        """Keep of the prompt what the policy says, sequence by sequence."""
+        batch, kv_heads, tokens, _ = keys.shape
+        where: list[Any] = [slice(0, tokens)] * batch if real is None else real_tokens(real)
+        rows: list[Row] = []
+        plans, ends = [], []
+        for sequence in range(batch):
+            mine = [tensor[sequence, :, where[sequence]] for tensor in (query, keys, values)]
+            length = mine[1].shape[1]
+            plan, first = self._plan(mine, scale)
+            for head, kept in enumerate(plan.kept):
+                chosen = kept + first
+                rows.append(
+                    Row(
+                        index=sequence * kv_heads + head,
+                        keys=_picked(mine[1][head], chosen, length),
+                        values=_picked(mine[2][head], chosen, length),
+                        positions=chosen.to(torch.int32),
+                        limit=self._limit(plan, head),
+                    )
+                )
+            plans.append(self._summary(plan, length, first))
+            ends += [length] * kv_heads
+        self.store = LayerStore(rows, torch.tensor(ends, dtype=torch.int32, device=keys.device))
+        self.plans = tuple(plans)
+        self.is_initialized = True
+
+    def _summary(self, plan: KeepPlan, prompt_tokens: int, first: int) -> SequencePlan:
+        """What a report needs of a plan; ``first`` is the position of the plan's entry 0."""
+        windowed = self.shape.window is not None
+        return SequencePlan(
+            prompt_tokens=prompt_tokens,
+            kept_tokens=plan.tokens,
+            kept_per_head=tuple(map(len, plan.kept)),
+            heterogeneous=plan.heterogeneous,
+            head_scores=None if plan.head_scores is None else tuple(plan.head_scores.tolist()),
+            in_window=tuple((kept + first).to(torch.int32) for kept in plan.kept) if windowed else (),
+        )
+
+    def _plan(self, sequence: list[torch.Tensor], scale: float) -> tuple[KeepPlan, int]:
+        """The plan of one sequence, and the first position that its layer's window still admits."""
+        tokens = sequence[1].shape[1]
+        first = tokens - self.shape.visible(tokens)
+        if tokens == 0:
+            nothing = torch.empty(0, dtype=torch.int64, device=sequence[1].device)
+            return KeepPlan(kept=(nothing,) * self.shape.kv_heads), 0
+        query, keys, values = (tensor[:, first:] for tensor in sequence)
+        prompt = PromptView(self.index, len(self.compression.shapes), query, keys, values, scale)
+        budget = self.compression.allocate(tokens)[self.index]
+        return self.compression.policy.plan(prompt, budget), first
+
+    def _limit(self, plan: KeepPlan, head: int) -> int | None:
+        """To how many tokens bounded decoding cuts a head back; None where it may grow."""
+        bounded = self.compression.bounds(self.index) and head not in plan.heterogeneous
+        return self.compression.limit(len(plan.kept[head])) if bounded else None
+
+    def _cut_back(self, store: LayerStore, query: torch.Tensor, scale: float, real: torch.Tensor | None) -> None:
+        """Bring rows that have grown a segment beyond their limit back to it."""
+        if real is None:
+            self.recent_queries.add(query)
+        else:
+            self.recent_queries.forget()
+        for group in rows_over_limit(store.groups):
+            queries = self.recent_queries.per_row(self.shape.query_group, group.length)
+            mine = None if queries is None else queries[group.index]
+            group.keep(entries_to_keep(group, mine, self.compression.policy, scale))
+
+    def _leave_window(self, store: LayerStore) -> None:
+        """Free what a sliding window has left behind."""
+        if self.shape.window is not None:
+            with _bookkeeping():
+                store.drop_before(store.next_positions() - self.shape.window + 1)
+
+    def _append(self, store: LayerStore, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None) -> None:
+        new = keys.shape[2]
+        key_rows, value_rows = keys.flatten(0, 1), values.flatten(0, 1)
+        if any(group.length + new > group.capacity for group in store.groups):
+            self._leave_window(store)
+        if real is None:
+            store.append(key_rows, value_rows)
+        else:
+            with _bookkeeping():
+                store.append_ragged(key_rows, value_rows, real.repeat_interleave(self.shape.kv_heads, dim=0))
+
+    def _attend_rows(
+        self, store: LayerStore, query: torch.Tensor, scale: float, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        batch, heads, new, dim = query.shape
+        if real is not None:
+            return self._attend_padded(store, query, scale, real)
+        per_row = query.reshape(batch * self.shape.kv_heads, self.shape.query_group, new, dim)
+        parts = [
+            decode_rows(
+                part,
+                group.keys.narrow(1, 0, group.length),
+                group.values.narrow(1, 0, group.length),
+                scale=scale,
+                visible=self._visible(group, new),
+            )
+            for group, part in zip(store.groups, store.split(per_row), strict=True)
+        ]
+        return store.join(parts).view(batch, heads, new, dim)
+
+    def _attend_padded(self, store: LayerStore, query: torch.Tensor, scale: float, real: torch.Tensor) -> torch.Tensor:
+        """A padded chunk, row by row: rows of one group may have received different numbers of tokens."""
+        kv_heads, group_size = self.shape.kv_heads, self.shape.query_group
+        out = torch.zeros_like(query)
+        for group in store.groups:
+            for place, index in enumerate(group.index.tolist()):
+                sequence, head = divmod(index, kv_heads)
+                mine = slice(head * group_size, (head + 1) * group_size)
+                new = real[sequence].nonzero()[:, 0]
+                if not len(new):
+                    continue
+                visible = self._visible(group, len(new))
+                attended = decode_rows(
+                    query[sequence, mine][None, :, new],
+                    group.keys[place : place + 1, : group.length],
+                    group.values[place : place + 1, : group.length],
+                    scale=scale,
+                    visible=None if visible is None else visible[place : place + 1],
+                )
+                out[sequence, mine, new] = attended[0]
+        return out
+
+    def _visible(self, group: RowGroup, new: int) -> torch.Tensor | None:
+        """[r, Q, T] bool: what the last ``new`` entries' queries see through the window; None without need."""
+        window = self.shape.window
+        if window is None or self.seen + new <= window:
+            return None
+        positions = group.positions()
+        return positions[:, None] > positions[:, -new:, None] - window
+
+
+def _picked(states: torch.Tensor, positions: torch.Tensor, tokens: int) -> torch.Tensor:
+    """[N, D] rows at ``positions``; a view where that is all of them, which the arena then copies once."""
+    return states if len(positions) == tokens else states.index_select(0, positions)
+
+
+@contextmanager
+def _bookkeeping() -> Iterator[None]:
+    """Without gradients, but with normal tensors: a cache filled in inference mode may be continued outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
