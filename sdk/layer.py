@@ -29,6 +29,8 @@ class NewTokens:
     It is no tensor on purpose: another attention function would attend to the new tokens alone, so it must fail.
     """
 
+    __slots__ = ("keys", "layer", "values")
+
     def __init__(self, layer: HeterogeneousLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.layer, self.keys, self.values = layer, keys, values
 
@@ -142,7 +144,9 @@ class HeterogeneousLayer(CacheLayerMixin):
             with _bookkeeping():
                 self._compact(query, keys, values, scale, real)
         else:
-            self._append(self.store, keys.detach(), values.detach(), real)
+            if keys.requires_grad:
+                keys, values = keys.detach(), values.detach()
+            self._append(self.store, keys, values, real)
             out = self._attend_rows(self.store, query, scale, real)
             if real is not None or query.shape[2] > SPARE_TOKENS:
                 self._leave_window(self.store)  # such a chunk has made the arena outgrow the window
@@ -254,7 +258,7 @@ class HeterogeneousLayer(CacheLayerMixin):
     def _append(self, store: LayerStore, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None) -> None:
         new = keys.shape[2]
         key_rows, value_rows = keys.flatten(0, 1), values.flatten(0, 1)
-        if any(group.length + new > group.capacity for group in store.groups):
+        if self.shape.window is not None and any(group.length + new > group.capacity for group in store.groups):
             self._leave_window(store)
         if real is None:
             store.append(key_rows, value_rows)

@@ -33,10 +33,10 @@ def decode_rows(
         [R, G, Q, D] in query's dtype.
     """
     if query.shape[2] == 1 and visible is None:
-        # Rows as the heads of one batch entry, the query group as its queries: [1, R, G, D] over [1, R, T, D].
-        folded = query.squeeze(2).unsqueeze(0)
-        out = scaled_dot_product_attention(folded, keys.unsqueeze(0), values.unsqueeze(0), scale=scale)
-        return out.squeeze(0).unsqueeze(2)
+        # Rows as the batch, the query group as the queries: [R, 1, G, D] over [R, 1, T, D].
+        folded = query.transpose(1, 2)
+        out = scaled_dot_product_attention(folded, keys.unsqueeze(1), values.unsqueeze(1), scale=scale)
+        return out.transpose(1, 2)
     blocks = range(0, query.shape[2], QUERY_BLOCK)
     return torch.cat([_attend_block(query, keys, values, start, scale, visible) for start in blocks], dim=2)
 

@@ -99,3 +99,19 @@ def test_long_decoding_grows_and_slides(variant: str, policy: str) -> None:
     expected = reference.logits(joined([prompt, *following]), kept, prompt=50)
     assert_close(found, expected, rms=RMS[case.dtype])
     assert_close(found[:, -35:], expected[:, -35:], rms=RMS[case.dtype])
+
+
+@pytest.mark.parametrize("variant", ["qwen2-mixed", "qwen3-mixed", "mistral-window"])
+@pytest.mark.parametrize("policy", ["full", "task-kv", "snapkv"])
+@pytest.mark.parametrize("length", [WINDOW - 3, WINDOW - 1, WINDOW, WINDOW + 1])
+def test_decoding_across_the_edge_of_the_window(variant: str, policy: str, length: int) -> None:
+    case = Case(variant, kv_heads=2, lengths=(length,))
+    prompt, following = case.batch(), random_tokens(1, STEPS)
+    with sdk.apply(case.model(), policy=small_policy(policy, 2), ratio=0.6) as handle:
+        conversation = Conversation(case.model(), handle.new_cache())
+        last = conversation.feed(prompt)[:, -1:]
+        kept = conversation.cache.kept_positions()
+        found = torch.cat([last, conversation.feed_all(following)], dim=1)
+    assert_within_windows(case, kept)
+    expected = reference_of(variant, 2, case.dtype).logits(joined([prompt, *following]), kept, prompt=length)
+    assert_close(found, expected, rms=RMS[case.dtype])
