@@ -138,6 +138,8 @@ class HeterogeneousLayer(CacheLayerMixin):
             [B, Hq, Q, D].
         """
         if self.store is None:
+            # As projected, the heads of a token lie side by side; attention and compaction read head by head.
+            keys, values = keys.contiguous(), values.contiguous()
             out = prompt_attention(
                 query, keys, values, scale=scale, real=real, window=self.shape.window, dropout=dropout
             )
