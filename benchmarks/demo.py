@@ -12,14 +12,17 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from thinkkv import sdk
 from thinkkv.sdk.cli.console import quiet_libraries, track
-from thinkkv.sdk.generate_text import Generated, generate_text
+
+if TYPE_CHECKING:
+    from thinkkv.sdk.generate_text import Generated
 
 PROMPTS = Path(__file__).parent.parent / "sdk" / "prompts"
 console = Console()
@@ -35,6 +38,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("thinkkv-out/demo"))
     arguments = parser.parse_args()
     quiet_libraries()
+    from thinkkv.sdk.generate_text import generate_text  # after the libraries it loads were told to be quiet
+
     start = time.monotonic()
     model, tokenizer = sdk.load(arguments.model)
     console.print(f"loaded {arguments.model} in {time.monotonic() - start:.0f} s")
@@ -76,7 +81,9 @@ def show_answer(policy: str, done: Generated, expected: str) -> None:
 
 def show_table(answers: dict[str, Generated]) -> None:
     """Speeds and bytes side by side."""
-    table = Table(title=f"{next(iter(answers.values())).prompt_tokens} prompt tokens; bytes in MiB")
+    table = Table(
+        box=SIMPLE, padding=(0, 1), title=f"{next(iter(answers.values())).prompt_tokens} prompt tokens; bytes in MiB"
+    )
     for column in (
         "policy",
         "prefill s",

@@ -38,8 +38,8 @@ class HeterogeneousCache(Cache):
         croppable = min(layer.croppable for layer in self.layers)
         if forget > croppable:
             raise UnsupportedGenerationError(
-                f"cropping {forget} tokens reaches into the compressed prompt, only the last {croppable} can go - "
-                "start a new cache instead"
+                f"cropping {forget} tokens reaches into the compressed prompt, "
+                f"only the last {croppable} can be forgotten - start a new cache instead"
             )
         for layer in self.layers:
             layer.crop(forget)
