@@ -500,7 +500,7 @@ class TestIndependence:
 
         def keep_patching() -> None:
             try:
-                while not stop.is_set():
+                while not stop.wait(0.002):  # without a pause the two threads fight over the interpreter for minutes
                     sdk.apply(busy, policy="full").revert()
             except BaseException as error:
                 failures.append(error)
