@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from thinkkv.sdk.generate_text import Generated
 
 PROMPTS = Path(__file__).parent.parent / "sdk" / "prompts"
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 100)
 
 
 def main() -> None:
