@@ -50,15 +50,13 @@ class SequencePlan:
 
     Args:
         prompt_tokens: real tokens of the prompt.
-        kept_tokens: tokens kept of it, summed over the KV heads.
-        kept_per_head: the same per KV head.
+        kept_per_head: tokens kept of it, per KV head.
         heterogeneous: the KV heads classed so.
         head_scores: per KV head, where the policy has such scores.
         in_window: per KV head the kept positions, int32, where a sliding window will leave them behind; else empty.
     """
 
     prompt_tokens: int
-    kept_tokens: int
     kept_per_head: tuple[int, ...]
     heterogeneous: tuple[int, ...]
     head_scores: tuple[float, ...] | None
@@ -216,7 +214,6 @@ class HeterogeneousLayer(CacheLayerMixin):
         windowed = self.shape.window is not None
         return SequencePlan(
             prompt_tokens=prompt_tokens,
-            kept_tokens=plan.tokens,
             kept_per_head=tuple(map(len, plan.kept)),
             heterogeneous=plan.heterogeneous,
             head_scores=None if plan.head_scores is None else tuple(plan.head_scores.tolist()),

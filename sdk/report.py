@@ -114,7 +114,7 @@ def _needed(layer: HeterogeneousLayer, plan: SequencePlan, appended: int) -> int
     """Tokens of one sequence, over all KV heads, that its plan still needs."""
     window = layer.shape.window
     if window is None:
-        return plan.kept_tokens + sum(_growth(layer, plan, appended))
+        return sum(plan.kept_per_head) + sum(_growth(layer, plan, appended))
     oldest = plan.prompt_tokens + appended - window + 1
     kept = sum(int((positions >= oldest).sum()) for positions in plan.in_window)
     return kept + layer.shape.kv_heads * min(appended, window - 1)
