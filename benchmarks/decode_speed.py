@@ -100,7 +100,7 @@ def decode(model: Any, run: Run, steps: int, *, timed: bool = True) -> None:
 def cache_bytes(cache: Any) -> int:
     """Bytes of storage that a cache has allocated."""
     if isinstance(cache, sdk.HeterogeneousCache):
-        return sum(g.keys.nbytes + g.values.nbytes for layer in cache.layers for g in layer.store.groups)
+        return sum(layer.store.arena.nbytes for layer in cache.layers)
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

@@ -73,7 +73,7 @@ def entries_to_keep(group: RowGroup, queries: torch.Tensor | None, policy: Polic
     )
     kept = [ends.expand(rows, -1)]
     if middle and queries is not None:
-        scores = window_scores(queries.flatten(0, 1), group.keys[:, : group.length], scale=scale)
+        scores = window_scores(queries.flatten(0, 1), group.keys, scale=scale)
         between = scores.unflatten(0, (rows, -1)).mean(dim=1)[:, sinks : group.length - recent]
         kept.append(best(pool(between, policy.pooling_width), middle, offset=sinks))
     return torch.cat(kept, dim=1).sort(dim=1).values

@@ -14,13 +14,12 @@ from typing import Any, NoReturn
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from thinkkv.kernels.ragged_decode.reference import decode_rows
 from thinkkv.patches.errors import UnsupportedGenerationError
 from thinkkv.sdk.bounded import RecentQueries, entries_to_keep, rows_over_limit
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.plan import KeepPlan, PromptView
 from thinkkv.sdk.prompt_attention import prompt_attention, real_tokens
-from thinkkv.sdk.store import SPARE_TOKENS, LayerStore, Row, RowGroup
+from thinkkv.sdk.store import SPARE_TOKENS, Kept, LayerStore
 
 
 class NewTokens:
@@ -185,27 +184,19 @@ class HeterogeneousLayer(CacheLayerMixin):
     ) -> None:
         """Keep of the prompt what the policy says, sequence by sequence."""
         batch, kv_heads, tokens, _ = keys.shape
-        where: list[Any] = [slice(0, tokens)] * batch if real is None else real_tokens(real)
-        rows: list[Row] = []
+        columns: list[Any] = [slice(0, tokens)] * batch if real is None else real_tokens(real)
+        kept: list[Kept] = []
         plans, ends = [], []
-        for sequence in range(batch):
-            mine = [tensor[sequence, :, where[sequence]] for tensor in (query, keys, values)]
-            length = mine[1].shape[1]
-            plan, first = self._plan(mine, scale)
-            for head, kept in enumerate(plan.kept):
-                chosen = kept + first
-                rows.append(
-                    Row(
-                        index=sequence * kv_heads + head,
-                        keys=_picked(mine[1][head], chosen, length),
-                        values=_picked(mine[2][head], chosen, length),
-                        positions=chosen.to(torch.int32),
-                        limit=self._limit(plan, head),
-                    )
-                )
-            plans.append(self._summary(plan, length, first))
-            ends += [length] * kv_heads
-        self.store = LayerStore(rows, torch.tensor(ends, dtype=torch.int32, device=keys.device))
+        for sequence, mine in enumerate(columns):
+            column = torch.arange(tokens, device=keys.device)[mine]
+            plan, first = self._plan([tensor[sequence, :, mine] for tensor in (query, keys, values)], scale)
+            for head, chosen in enumerate(plan.kept):
+                positions = chosen + first
+                kept.append(Kept(column[positions], positions.to(torch.int32), self._limit(plan, head)))
+            plans.append(self._summary(plan, len(column), first))
+            ends += [len(column)] * kv_heads
+        following = torch.tensor(ends, dtype=torch.int32, device=keys.device)
+        self.store = LayerStore(keys.flatten(0, 1), values.flatten(0, 1), kept, following)
         self.plans = tuple(plans)
         self.is_initialized = True
 
@@ -246,7 +237,7 @@ class HeterogeneousLayer(CacheLayerMixin):
         for group in rows_over_limit(store.groups):
             queries = self.recent_queries.per_row(self.shape.query_group, group.length)
             mine = None if queries is None else queries[group.index]
-            group.keep(entries_to_keep(group, mine, self.compression.policy, scale))
+            store.keep(group, entries_to_keep(group, mine, self.compression.policy, scale))
 
     def _leave_window(self, store: LayerStore) -> None:
         """Free what a sliding window has left behind."""
@@ -257,7 +248,7 @@ class HeterogeneousLayer(CacheLayerMixin):
     def _append(self, store: LayerStore, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None) -> None:
         new = keys.shape[2]
         key_rows, value_rows = keys.flatten(0, 1), values.flatten(0, 1)
-        if self.shape.window is not None and any(group.length + new > group.capacity for group in store.groups):
+        if self.shape.window is not None and store.arena.room < new:
             self._leave_window(store)
         if real is None:
             store.append(key_rows, value_rows)
@@ -268,56 +259,30 @@ class HeterogeneousLayer(CacheLayerMixin):
     def _attend_rows(
         self, store: LayerStore, query: torch.Tensor, scale: float, real: torch.Tensor | None
     ) -> torch.Tensor:
-        batch, heads, new, dim = query.shape
         if real is not None:
             return self._attend_padded(store, query, scale, real)
-        per_row = query.reshape(batch * self.shape.kv_heads, self.shape.query_group, new, dim)
-        parts = [
-            decode_rows(
-                part,
-                group.keys.narrow(1, 0, group.length),
-                group.values.narrow(1, 0, group.length),
-                scale=scale,
-                visible=self._visible(group, new),
-            )
-            for group, part in zip(store.groups, store.split(per_row), strict=True)
-        ]
-        return store.join(parts).view(batch, heads, new, dim)
+        batch, heads, new, dim = query.shape
+        rows = query.reshape(batch * self.shape.kv_heads, self.shape.query_group, new, dim)
+        out: torch.Tensor = store.attend(store.arena, rows, scale=scale, starts=self._starts(store, new))
+        return out.reshape(batch, heads, new, dim)
 
     def _attend_padded(self, store: LayerStore, query: torch.Tensor, scale: float, real: torch.Tensor) -> torch.Tensor:
-        """A padded chunk, row by row: rows of one group may have received different numbers of tokens."""
-        kv_heads, group_size = self.shape.kv_heads, self.shape.query_group
-        out = torch.zeros_like(query)
-        for group in store.groups:
-            for place, index in enumerate(group.index.tolist()):
-                sequence, head = divmod(index, kv_heads)
-                mine = slice(head * group_size, (head + 1) * group_size)
-                new = real[sequence].nonzero()[:, 0]
-                if not len(new):
-                    continue
-                visible = self._visible(group, len(new))
-                attended = decode_rows(
-                    query[sequence, mine][None, :, new],
-                    group.keys[place : place + 1, : group.length],
-                    group.values[place : place + 1, : group.length],
-                    scale=scale,
-                    visible=None if visible is None else visible[place : place + 1],
-                )
-                out[sequence, mine, new] = attended[0]
-        return out
+        """A padded chunk, its real tokens brought to the end, where the rows have them."""
+        to_end = real.to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None].expand_as(query)
+        attended = self._attend_rows(store, query.gather(2, to_end), scale, None)
+        return torch.empty_like(query).scatter(2, to_end, attended).masked_fill(~real[:, None, :, None], 0)
 
-    def _visible(self, group: RowGroup, new: int) -> torch.Tensor | None:
-        """[r, Q, T] bool: what the last ``new`` entries' queries see through the window; None without need."""
+    def _starts(self, store: LayerStore, new: int) -> torch.Tensor | None:
+        """[R, Q] int32: first entry that each of the newest queries sees through the window; None without need."""
         window = self.shape.window
         if window is None or self.seen + new <= window:
             return None
-        positions = group.positions()
-        return positions[:, None] > positions[:, -new:, None] - window
-
-
-def _picked(states: torch.Tensor, positions: torch.Tensor, tokens: int) -> torch.Tensor:
-    """[N, D] rows at ``positions``; a view where that is all of them, which the arena then copies once."""
-    return states if len(positions) == tokens else states.index_select(0, positions)
+        ages = torch.arange(new, 0, -1, dtype=torch.int32, device=store.arena.keys.device)
+        starts = []
+        for group in store.groups:
+            oldest = group.next_position()[:, None] - ages - (window - 1)
+            starts.append(torch.searchsorted(group.positions(), oldest.contiguous(), out_int32=True))
+        return store.arena.join(starts)
 
 
 @contextmanager

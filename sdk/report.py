@@ -149,7 +149,7 @@ def _live(layer: HeterogeneousLayer, group: RowGroup) -> int:
 
 
 def _physical(layer: HeterogeneousLayer) -> int:
-    return sum(group.keys.nbytes + group.values.nbytes for group in _groups(layer))
+    return layer.store.arena.nbytes if layer.store else 0
 
 
 def _groups(layer: HeterogeneousLayer) -> list[RowGroup]:

@@ -1,8 +1,7 @@
-"""The storage of one layer: rows of (sequence, KV head), gathered into groups of equal length.
+"""What the rows of one layer hold: token positions and limits beside the arena with their keys and values.
 
-Each group owns one preallocated arena for K and one for V. All rows of a group have the same length, so attention over
-it is dense, and a new token is written in place. Separate arenas per group let a short group grow without the long
-rows being copied, which keeps appending amortised O(1) at any length.
+Rows of one length (and one limit) form a group, which is a block of the arena. Every row has the same spare capacity,
+in proportion to the layer's mean length: so all rows are full at the same time, and growing stays amortised O(1).
 """
 
 from __future__ import annotations
@@ -13,23 +12,36 @@ from dataclasses import dataclass
 
 import torch
 
+from thinkkv.kernels.arena import Arena, Block
+from thinkkv.kernels.dispatch import row_operations
+
 SPARE_TOKENS = 128
 SPARE_SHARE = 16
-"""A row's spare capacity is at most SPARE_TOKENS + length / SPARE_SHARE tokens."""
+"""The spare capacity of every row: SPARE_TOKENS + mean length / SPARE_SHARE tokens."""
 
 
-def roomy(length: int) -> int:
-    """Capacity to allocate for rows of ``length`` tokens; geometric, so that growing is rare."""
-    return length + SPARE_TOKENS + length // SPARE_SHARE
+@dataclass(frozen=True)
+class Kept:
+    """What one row is to hold of the states it is filled from.
+
+    Args:
+        entries: [T] int64, which of them.
+        positions: [T] int32, their token positions, ascending.
+        limit: tokens to which bounded decoding cuts the row back; None where it may grow.
+    """
+
+    entries: torch.Tensor
+    positions: torch.Tensor
+    limit: int | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """One KV head of one sequence while its row is built or moved.
+    """One KV head of one sequence, as it stands in the store.
 
     Args:
         index: sequence * KV heads + head.
-        keys, values: [T, D]; views are fine, they are copied into the arena.
+        keys, values: [T, D], views.
         positions: [T] int32, ascending token positions.
         limit: tokens to which bounded decoding cuts the row back; None where it may grow.
     """
@@ -42,140 +54,85 @@ class Row:
 
 
 class RowGroup:
-    """Rows of one length in one arena each for K and V.
+    """Rows of one length and one limit.
 
     Attributes:
+        block: their keys and values.
         index: [r] int64, the rows' places in the layer.
-        keys, values: [r, capacity, D]; the first ``length`` entries of every row are in use.
-        length: tokens per row.
         placed: [r, P] int32, positions of the first P entries; the later ones follow on without gaps.
         next_placed: [r] int32, position of entry P.
         limit: tokens to which bounded decoding cuts the rows back; None where they may grow.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        first = rows[0]
-        self.length = len(first.positions)
-        self.limit = first.limit
-        device = first.keys.device
-        shape = (len(rows), roomy(self.length), first.keys.shape[-1])
-        self.index = torch.tensor([row.index for row in rows], device=device)
-        self.keys = torch.empty(shape, dtype=first.keys.dtype, device=device)
-        self.values = torch.empty(shape, dtype=first.values.dtype, device=device)
-        for i_row, row in enumerate(rows):
-            self.keys[i_row, : self.length] = row.keys
-            self.values[i_row, : self.length] = row.values
-        self.placed = torch.stack([row.positions for row in rows])
-        self.next_placed = torch.zeros(len(rows), dtype=torch.int32, device=device)
+    def __init__(self, block: Block, placed: torch.Tensor, next_placed: torch.Tensor, limit: int | None) -> None:
+        self.block, self.placed, self.next_placed, self.limit = block, placed, next_placed, limit
+        self.index = torch.tensor(block.index, device=placed.device)
 
     @property
-    def capacity(self) -> int:
-        """Tokens a row can hold before the arena grows."""
-        return self.keys.shape[1]
+    def length(self) -> int:
+        """Tokens per row."""
+        return self.block.length
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """[r, length, D]."""
+        return self.block.keys[:, : self.length]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """[r, length, D]."""
+        return self.block.values[:, : self.length]
 
     def positions(self) -> torch.Tensor:
         """[r, length] int32: token positions of all entries, ascending."""
         appended = torch.arange(self.length - self.placed.shape[1], dtype=torch.int32, device=self.placed.device)
         return torch.cat([self.placed, self.next_placed[:, None] + appended], dim=1)
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write [r, Q, D] new entries behind every row, in place."""
-        end = self.length + keys.shape[1]
-        if end > self.capacity:
-            self._reallocate(end)
-        self.keys.narrow(1, self.length, keys.shape[1]).copy_(keys)
-        self.values.narrow(1, self.length, keys.shape[1]).copy_(values)
-        self.length = end
-
-    def rows(self) -> list[Row]:
-        """The rows in use, as views."""
-        positions = self.positions()
-        return [
-            Row(index, self.keys[i, : self.length], self.values[i, : self.length], positions[i], self.limit)
-            for i, index in enumerate(self.index.tolist())
-        ]
-
-    def keep(self, entries: torch.Tensor) -> None:
-        """Keep only some entries of each row, in place.
-
-        Args:
-            entries: [r, m] int64, ascending.
-        """
-        following = self.next_position()
-        self.placed = self.positions().gather(1, entries)
-        self.next_placed = following
-        self.keys, self.values = (self._gathered(arena, entries) for arena in (self.keys, self.values))
-        self.length = entries.shape[1]
-
     def next_position(self) -> torch.Tensor:
         """[r] int32: position of the next token."""
         return self.next_placed + (self.length - self.placed.shape[1])
 
-    @staticmethod
-    def _gathered(arena: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
-        rows, kept = entries.shape
-        chosen = arena.gather(1, entries[:, :, None].expand(-1, -1, arena.shape[2]))
-        if arena.shape[1] > roomy(kept):  # a long chunk had made it grow
-            arena = arena.new_empty(rows, roomy(kept), arena.shape[2])
-        arena[:, :kept] = chosen
-        return arena
-
-    def truncate(self, tokens: int) -> None:
-        """Forget the last ``tokens`` entries of every row."""
-        self.length -= tokens
-        if self.capacity > roomy(self.length):
-            self._reallocate(self.length)
-
-    def _reallocate(self, length: int) -> None:
-        """Move into arenas with room for ``length`` tokens and the usual spare."""
-        self.keys, self.values = (self._copied(arena, roomy(length)) for arena in (self.keys, self.values))
-
-    def _copied(self, arena: torch.Tensor, capacity: int) -> torch.Tensor:
-        with torch.inference_mode(False):  # what inference mode allocates could not be written outside of it
-            grown = arena.new_empty(arena.shape[0], capacity, arena.shape[2])
-        grown[:, : self.length] = arena[:, : self.length]
-        return grown
+    def rows(self) -> list[Row]:
+        """The rows, as views."""
+        positions = self.positions()
+        return [
+            Row(index, self.keys[i], self.values[i], positions[i], self.limit)
+            for i, index in enumerate(self.block.index)
+        ]
 
 
 class LayerStore:
     """All rows of one layer.
 
     Attributes:
-        groups: rows of equal length, longest first.
-        order: [R] int64, row of each place when the groups are laid end to end; None when that is the rows' own order.
-        places: [R] int64, the inverse: place of each row.
+        arena: their keys and values.
+        groups: rows of equal length, longest first, one for each block of the arena.
     """
 
-    def __init__(self, rows: Sequence[Row], next_positions: torch.Tensor) -> None:
-        """Build the groups.
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, kept: Sequence[Kept], next_positions: torch.Tensor
+    ) -> None:
+        """Fill the rows from a prompt.
 
         Args:
-            rows: every row of the layer, in any order.
+            keys, values: [R, N, D].
+            kept: per row what it holds of them.
             next_positions: [R] int32, by row index: position that the row's next token will have.
         """
-        self.groups: list[RowGroup] = []
-        self._regroup(rows, next_positions)
-
-    def _regroup(self, rows: Sequence[Row], next_positions: torch.Tensor) -> None:
-        alike: defaultdict[tuple[int, int], list[Row]] = defaultdict(list)
-        for row in rows:
-            alike[len(row.positions), row.limit or 0].append(row)
-        self.groups = [RowGroup(alike[key]) for key in sorted(alike, reverse=True)]
-        for group in self.groups:
-            group.next_placed = next_positions[group.index]
-        order = torch.cat([group.index for group in self.groups])
-        ordered = torch.equal(order, torch.arange(len(order), device=order.device))
-        self.order = None if ordered else order
-        self.places = torch.argsort(order)
+        self._compact, self._append, self.attend = row_operations(keys.device)
+        self._lay_out(keys, [row.positions for row in kept], [row.limit for row in kept], next_positions)
+        self._compact(self.arena, keys, values, [row.entries for row in kept])
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Append new tokens to every row.
+        """Append new tokens to every row, in place.
 
         Args:
             keys, values: [R, Q, D] in row order.
         """
-        for group, new_keys, new_values in zip(self.groups, self.split(keys), self.split(values), strict=True):
-            group.append(new_keys, new_values)
+        if self.arena.room < keys.shape[1]:
+            with torch.inference_mode(False):  # what inference mode allocates could not be written outside of it
+                self._grow(keys.shape[1])
+        self._append(self.arena, keys, values)
 
     def append_ragged(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor) -> None:
         """Append a padded chunk: each row takes only its real tokens.
@@ -184,45 +141,105 @@ class LayerStore:
             keys, values: [R, Q, D] in row order.
             real: [R, Q] bool.
         """
-        next_positions = self.next_positions()
-        rows = [self._extended(row, keys, values, real, next_positions) for row in self.rows()]
-        self._regroup(rows, next_positions + real.sum(dim=1).to(torch.int32))
+        following = self.next_positions()
+        rows = [self._extended(row, keys, values, real, following) for row in self.rows()]
+        self._rebuild(rows, following + real.sum(dim=1).to(torch.int32))
 
     def drop_before(self, oldest: torch.Tensor) -> None:
         """Free the entries of each row that stand before ``oldest`` [R] (positions): a sliding window moved on."""
         rows = [_without_head(row, int((row.positions < oldest[row.index]).sum())) for row in self.rows()]
-        self._regroup(rows, self.next_positions())
+        self._rebuild(rows, self.next_positions())
+
+    def keep(self, group: RowGroup, entries: torch.Tensor) -> None:
+        """Keep only some entries of each row of a group, in place.
+
+        Args:
+            group: one of the store's.
+            entries: [r, m] int64, ascending.
+        """
+        following = group.next_position()
+        group.placed, group.next_placed = group.positions().gather(1, entries), following
+        block, count = group.block, entries.shape[1]
+        wanted = entries[:, :, None].expand(-1, -1, block.keys.shape[2])
+        for arena in (block.keys, block.values):
+            arena[:, :count] = arena.gather(1, wanted)
+        self.arena.shorten(block, count)
+        self._shrink()
 
     def truncate(self, tokens: int) -> None:
         """Forget the last ``tokens`` appended tokens of every row."""
-        for group in self.groups:
-            group.truncate(tokens)
+        self.arena.lengthen(-tokens)
+        self._shrink()
 
     def rows(self) -> list[Row]:
-        """All rows in use, as views, by row index."""
+        """All rows, as views, by row index."""
         return sorted((row for group in self.groups for row in group.rows()), key=lambda row: row.index)
 
     def next_positions(self) -> torch.Tensor:
         """[R] int32, by row index: position of the next token."""
-        return torch.cat([group.next_position() for group in self.groups])[self.places].to(torch.int32)
+        return torch.cat([group.next_position() for group in self.groups])[self.arena.places].to(torch.int32)
 
-    def split(self, per_row: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Hand a [R, ...] tensor in row order to the groups."""
-        ordered = per_row if self.order is None else per_row.index_select(0, self.order)
-        return (ordered,) if len(self.groups) == 1 else ordered.split([len(group.index) for group in self.groups])
+    def _lay_out(
+        self,
+        like: torch.Tensor,
+        positions: Sequence[torch.Tensor],
+        limits: Sequence[int | None],
+        next_positions: torch.Tensor,
+        spare: int | None = None,
+    ) -> None:
+        """Make arena and groups for rows that hold these positions; the arena is not filled."""
+        alike: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, (mine, limit) in enumerate(zip(positions, limits, strict=True)):
+            alike[len(mine), limit or 0].append(index)
+        keys = sorted(alike, reverse=True)
+        total = sum(len(mine) for mine in positions)
+        self.arena = Arena(
+            [(alike[key], key[0]) for key in keys], spare=spare or roomy(total, len(positions)), like=like
+        )
+        self.groups = [
+            RowGroup(
+                block,
+                torch.stack([positions[i] for i in block.index]),
+                next_positions[list(block.index)],
+                limits[block.index[0]],
+            )
+            for block in self.arena.blocks
+        ]
 
-    def join(self, per_group: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Undo ``split``: [R, ...] in row order."""
-        laid = per_group[0] if len(per_group) == 1 else torch.cat(list(per_group))
-        return laid if self.order is None else laid.index_select(0, self.places)
+    def _rebuild(self, rows: Sequence[Row], next_positions: torch.Tensor) -> None:
+        """Store other rows instead, given by row index."""
+        like = self.arena.keys
+        self._lay_out(like, [row.positions for row in rows], [row.limit for row in rows], next_positions)
+        for block in self.arena.blocks:
+            for place, index in enumerate(block.index):
+                block.keys[place, : block.length] = rows[index].keys
+                block.values[place, : block.length] = rows[index].values
+
+    def _grow(self, new: int) -> None:
+        self._move(roomy(self.arena.used + new * len(self.arena.places), len(self.arena.places)) + new)
+
+    def _shrink(self) -> None:
+        """Give spare capacity back that a new arena would not have."""
+        spare = roomy(self.arena.used, len(self.arena.places))
+        if self.arena.keys.shape[0] > self.arena.used + spare * len(self.arena.places):
+            self._move(spare)
+
+    def _move(self, spare: int) -> None:
+        """Move into an arena with another spare capacity."""
+        old = self.arena
+        self.arena = Arena([(block.index, block.length) for block in old.blocks], spare=spare, like=old.keys)
+        for group, mine, target in zip(self.groups, old.blocks, self.arena.blocks, strict=True):
+            target.keys[:, : mine.length] = mine.keys[:, : mine.length]
+            target.values[:, : mine.length] = mine.values[:, : mine.length]
+            group.block = target
 
     @staticmethod
     def _extended(
-        row: Row, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor, next_positions: torch.Tensor
+        row: Row, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor, following: torch.Tensor
     ) -> Row:
         new = real[row.index]
         count = int(new.sum())
-        added = next_positions[row.index] + torch.arange(count, dtype=torch.int32, device=keys.device)
+        added = following[row.index] + torch.arange(count, dtype=torch.int32, device=keys.device)
         return Row(
             row.index,
             torch.cat([row.keys, keys[row.index, new]]),
@@ -230,6 +247,11 @@ class LayerStore:
             torch.cat([row.positions, added]),
             row.limit,
         )
+
+
+def roomy(entries: int, rows: int) -> int:
+    """Spare capacity per row for rows that hold so many entries together; geometric, so that growing is rare."""
+    return SPARE_TOKENS + entries // (SPARE_SHARE * rows)
 
 
 def _without_head(row: Row, count: int) -> Row:

@@ -225,10 +225,10 @@ def poison(cache: Any) -> int:
     """Fill what no row uses with NaN; returns how many entries that were."""
     filled = 0
     for layer in cache.layers:
-        for group in layer.store.groups:
-            for arena in (group.keys, group.values):
-                arena[:, group.length :] = float("nan")
-                filled += arena[:, group.length :].numel()
+        for block in layer.store.arena.blocks:
+            for arena in (block.keys, block.values):
+                arena[:, block.length :] = float("nan")
+                filled += arena[:, block.length :].numel()
     return filled
 
 

@@ -1,0 +1,131 @@
+"""The storage of one layer: rows of different length in one arena each for K and V.
+
+A row is one KV head of one sequence. Rows of equal length lie together in a block, which plain torch sees as one dense
+tensor; kernels that take all rows in one launch see the flat arenas with an offset and a length per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class Block:
+    """Rows of one length that lie side by side.
+
+    Attributes:
+        index: the rows' indices in the layer.
+        keys, values: [r, capacity, D] views into the arenas.
+        length: entries in use in every row.
+    """
+
+    __slots__ = ("index", "keys", "length", "values")
+
+    def __init__(self, index: tuple[int, ...], keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        self.index, self.keys, self.values, self.length = index, keys, values, length
+
+    @property
+    def capacity(self) -> int:
+        """Entries that a row has room for."""
+        return self.keys.shape[1]
+
+
+class Arena:
+    """All rows of a layer.
+
+    Attributes:
+        keys, values: [S, D], the storage.
+        blocks: rows of equal length, in the order in which they lie.
+        order: [R] int64, row of each place when the blocks are laid end to end; None when that is the rows' own order.
+        places: [R] int64, the inverse: place of each row.
+        offsets: [R] int64, by row index: first entry of the row in the storage.
+    """
+
+    def __init__(self, blocks: Sequence[tuple[Sequence[int], int]], *, spare: int, like: torch.Tensor) -> None:
+        """Allocate.
+
+        Args:
+            blocks: row indices and length of each block.
+            spare: entries per row beyond its length.
+            like: [..., D] tensor whose D, dtype and device the storage has.
+        """
+        sizes = [len(index) * (length + spare) for index, length in blocks]
+        self.keys = like.new_empty(sum(sizes), like.shape[-1])
+        self.values = like.new_empty(sum(sizes), like.shape[-1])
+        self.blocks = tuple(
+            Block(tuple(index), *(self._dense(part, len(index)) for part in parts), length)
+            for (index, length), *parts in zip(blocks, self.keys.split(sizes), self.values.split(sizes), strict=True)
+        )
+        order = torch.tensor([row for index, _ in blocks for row in index], dtype=torch.int64, device=like.device)
+        self.order = None if torch.equal(order, torch.arange(len(order), device=like.device)) else order
+        self.places = torch.argsort(order)
+        starts = [
+            first + place * (length + spare)
+            for first, (index, length) in zip(_starts(sizes), blocks, strict=True)
+            for place in range(len(index))
+        ]
+        self.offsets = torch.tensor(starts, dtype=torch.int64, device=like.device)[self.places]
+        self._lengths: torch.Tensor | None = None
+
+    @staticmethod
+    def _dense(part: torch.Tensor, rows: int) -> torch.Tensor:
+        return part.view(rows, -1, part.shape[1])
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[R] int32, by row index: entries in use."""
+        if self._lengths is None:
+            by_place = [block.length for block in self.blocks for _ in block.index]
+            self._lengths = torch.tensor(by_place, dtype=torch.int32, device=self.keys.device)[self.places]
+        return self._lengths
+
+    @property
+    def longest(self) -> int:
+        """Entries in use in the longest row."""
+        return max(block.length for block in self.blocks)
+
+    @property
+    def room(self) -> int:
+        """Entries that every row still has room for."""
+        return min(block.capacity - block.length for block in self.blocks)
+
+    @property
+    def used(self) -> int:
+        """Entries in use."""
+        return sum(len(block.index) * block.length for block in self.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage, spare capacity included."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def lengthen(self, new: int, *, counted: bool = False) -> None:
+        """Take note of ``new`` entries written behind every row.
+
+        Args:
+            new: how many; negative to forget some.
+            counted: whether ``lengths`` has been brought up to date on the device already.
+        """
+        for block in self.blocks:
+            block.length += new
+        if not counted:
+            self._lengths = None
+
+    def shorten(self, block: Block, length: int) -> None:
+        """Take note that the rows of one block hold less."""
+        block.length, self._lengths = length, None
+
+    def split(self, per_row: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Hand a [R, ...] tensor in row order to the blocks."""
+        ordered = per_row if self.order is None else per_row.index_select(0, self.order)
+        return (ordered,) if len(self.blocks) == 1 else ordered.split([len(block.index) for block in self.blocks])
+
+    def join(self, per_block: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Undo ``split``: [R, ...] in row order."""
+        laid = per_block[0] if len(per_block) == 1 else torch.cat(list(per_block))
+        return laid if self.order is None else laid.index_select(0, self.places)
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]

@@ -1,0 +1,101 @@
+"""Which implementation of an operation runs: Triton on a GPU, plain torch on a CPU, or what the environment says.
+
+Nothing is imported before it is needed; Triton never is where torch runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+
+VARIABLE = "THINKKV_KERNELS"
+"""Environment variable that forces an implementation."""
+
+Backend = Literal["torch", "triton", "reference"]
+Operation = Literal["window_scores", "semantic_vectors", "compact", "append", "ragged_decode"]
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+
+FOLDERS: dict[Operation, str] = {"semantic_vectors": "semantic_vector"}
+"""Folder of an operation where it does not have the operation's name."""
+
+ROW_OPERATIONS: tuple[Operation, ...] = ("compact", "append", "ragged_decode")
+"""Operations on a layer's arena; the others take dense tensors."""
+
+
+class KernelError(RuntimeError):
+    """The implementation that was asked for cannot run here."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs, and why.
+
+    Args:
+        backend: ``triton``, ``torch``, or the ``reference`` that both are tested against.
+        reason: in a few words.
+    """
+
+    backend: Backend
+    reason: str
+
+
+def choose(device: torch.device | str) -> Choice:
+    """The implementation for tensors on a device.
+
+    Raises:
+        KernelError: the environment forces what is unknown or cannot run.
+    """
+    kind = torch.device(device).type
+    forced = os.environ.get(VARIABLE, "auto")
+    if forced == "auto":
+        if kind != "cuda":
+            return Choice("torch", f"{kind} tensors: Triton runs on CUDA and ROCm only")
+        if find_spec("triton") is None:
+            return Choice("torch", "triton is not installed, which would be faster: pip install 'thinkkv[gpu]'")
+        return Choice("triton", "CUDA or ROCm tensors, triton is installed")
+    if forced not in get_args(Backend):
+        raise KernelError(f"{VARIABLE}={forced} is unknown - use auto, {', '.join(get_args(Backend))}")
+    if forced == "triton":
+        _check_triton(kind)
+    return Choice(forced, f"{VARIABLE}={forced}")  # type: ignore[arg-type]
+
+
+def _check_triton(kind: str) -> None:
+    if find_spec("triton") is None:
+        raise KernelError(f"{VARIABLE}=triton, but triton is not installed - pip install 'thinkkv[gpu]'")
+    if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise KernelError(
+            f"{VARIABLE}=triton, but the tensors are on {kind} - unset it, or interpret: TRITON_INTERPRET=1"
+        )
+
+
+def operation(name: Operation, device: torch.device | str) -> Callable[..., Any]:
+    """The function that does an operation for tensors on a device."""
+    return _load(name, choose(device).backend)
+
+
+def row_operations(device: torch.device | str) -> tuple[Callable[..., Any], ...]:
+    """``compact``, ``append`` and ``ragged_decode`` on an arena, as in ``thinkkv.kernels.grouped``."""
+    backend = choose(device).backend
+    return tuple(_load(name, backend) for name in ROW_OPERATIONS)
+
+
+@cache
+def _load(name: Operation, backend: Backend) -> Callable[..., Any]:
+    if backend == "torch" and name in ROW_OPERATIONS:
+        return _function("grouped", name)
+    module = "triton" if backend == "triton" else "reference"
+    kernel = _function(f"{FOLDERS.get(name, name)}.{module}", name)
+    return partial(_function("ragged", name), kernel=kernel) if name in ROW_OPERATIONS else kernel
+
+
+def _function(module: str, name: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(importlib.import_module(f"thinkkv.kernels.{module}"), name)
+    return found

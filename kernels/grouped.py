@@ -1,0 +1,102 @@
+"""The CPU path: a layer's rows block by block, each block one dense tensor for torch's own kernels.
+
+A layer has few blocks of rows of equal length, so no call needs padding. The query group is laid along the query axis:
+one key row serves all its query heads without being repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from thinkkv.kernels.arena import Arena, Block
+
+QUERY_BLOCK = 512
+"""Queries attended at once for a chunk; bounds the mask to ``group * QUERY_BLOCK * T`` booleans."""
+
+
+def compact(arena: Arena, keys: torch.Tensor, values: torch.Tensor, kept: Sequence[torch.Tensor]) -> None:
+    """Fill the rows with what they keep.
+
+    Args:
+        arena: laid out for these lengths.
+        keys, values: [R, N, D].
+        kept: per row the int64 entries to keep, in the order to store them.
+    """
+    for block in arena.blocks:
+        for place, row in enumerate(block.index):
+            for states, stored in ((keys[row], block.keys[place]), (values[row], block.values[place])):
+                target = stored[: block.length]
+                if block.length == states.shape[0]:
+                    target.copy_(states)
+                else:
+                    torch.index_select(states, 0, kept[row], out=target)
+
+
+def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Write [R, Q, D] new entries behind every row, in place; every row must have room."""
+    new = keys.shape[1]
+    for block, new_keys, new_values in zip(arena.blocks, arena.split(keys), arena.split(values), strict=True):
+        block.keys.narrow(1, block.length, new).copy_(new_keys)
+        block.values.narrow(1, block.length, new).copy_(new_values)
+    arena.lengthen(new)
+
+
+def ragged_decode(
+    arena: Arena, query: torch.Tensor, *, scale: float, starts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attend ``Q`` new tokens to their rows; the rows end with these tokens.
+
+    Args:
+        arena: the rows.
+        query: [R, G, Q, D], G query heads per row. Query i sees the entries before ``length - (Q - 1 - i)``.
+        scale: softmax scale.
+        starts: [R, Q] int32, first entry that each query sees; None where it sees all before it.
+
+    Returns:
+        [R, G, Q, D] in query's dtype; zeros where a query sees nothing.
+    """
+    first = (None,) * len(arena.blocks) if starts is None else arena.split(starts)
+    return arena.join(
+        [
+            _attend(block, part, scale, start)
+            for block, part, start in zip(arena.blocks, arena.split(query), first, strict=True)
+        ]
+    )
+
+
+def _attend(block: Block, query: torch.Tensor, scale: float, starts: torch.Tensor | None) -> torch.Tensor:
+    keys, values = block.keys.narrow(1, 0, block.length), block.values.narrow(1, 0, block.length)
+    if query.shape[2] == 1 and starts is None and block.length:
+        # Rows as the batch, the query group as the queries: [r, 1, G, D] over [r, 1, T, D].
+        folded = query.transpose(1, 2)
+        out = scaled_dot_product_attention(folded, keys.unsqueeze(1), values.unsqueeze(1), scale=scale)
+        return out.transpose(1, 2)
+    blocks = range(0, query.shape[2], QUERY_BLOCK)
+    return torch.cat([_attend_queries(query, keys, values, first, scale, starts) for first in blocks], dim=2)
+
+
+def _attend_queries(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: int,
+    scale: float,
+    starts: torch.Tensor | None,
+) -> torch.Tensor:
+    rows, group, new, _ = query.shape
+    part = query[:, :, first : first + QUERY_BLOCK]
+    width = part.shape[2]
+    entry = torch.arange(keys.shape[1], device=keys.device)
+    ends = torch.arange(first, first + width, device=keys.device) + (keys.shape[1] - new + 1)
+    visible = (entry < ends[:, None]).expand(rows, -1, -1)
+    if starts is not None:
+        visible = visible & (entry >= starts[:, first : first + width, None])
+    mask = visible.repeat(1, group, 1)
+    folded = part.reshape(rows, group * width, -1)
+    out = scaled_dot_product_attention(
+        folded[:, None], keys[:, None], values[:, None], attn_mask=mask[:, None], scale=scale
+    )
+    return out.masked_fill(~mask.any(dim=-1)[:, None, :, None], 0)[:, 0].unflatten(1, (group, width))
