@@ -97,7 +97,7 @@ def show_table(answers: dict[str, Generated]) -> None:
     ):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for policy, done in answers.items():
-        speed = (done.new_tokens - 1) / done.decode_seconds if done.new_tokens > 1 else float("nan")
+        speed = done.tokens_per_second or float("nan")
         sizes = (f"{value / 2**20:.1f}" for value in vars(done.bytes).values())
         table.add_row(policy, f"{done.prefill_seconds:.1f}", f"{speed:.1f}", *sizes)
     console.print(table)

@@ -50,40 +50,47 @@ class Arena:
             spare: entries per row beyond its length.
             like: [..., D] tensor whose D, dtype and device the storage has.
         """
+        device, dim = like.device, like.shape[-1]
         sizes = [len(index) * (length + spare) for index, length in blocks]
-        self.keys = like.new_empty(sum(sizes), like.shape[-1])
-        self.values = like.new_empty(sum(sizes), like.shape[-1])
+        self.keys, self.values = like.new_empty(sum(sizes), dim), like.new_empty(sum(sizes), dim)
         self.blocks = tuple(
-            Block(tuple(index), *(self._dense(part, len(index)) for part in parts), length)
-            for (index, length), *parts in zip(blocks, self.keys.split(sizes), self.values.split(sizes), strict=True)
+            Block(tuple(index), keys.view(len(index), -1, dim), values.view(len(index), -1, dim), length)
+            for (index, length), keys, values in zip(
+                blocks, self.keys.split(sizes), self.values.split(sizes), strict=True
+            )
         )
-        order = torch.tensor([row for index, _ in blocks for row in index], dtype=torch.int64, device=like.device)
-        self.order = None if torch.equal(order, torch.arange(len(order), device=like.device)) else order
+        order = torch.tensor([row for index, _ in blocks for row in index], dtype=torch.int64, device=device)
+        self.order = None if torch.equal(order, torch.arange(len(order), device=device)) else order
         self.places = torch.argsort(order)
-        starts = [
-            first + place * (length + spare)
-            for first, (index, length) in zip(_starts(sizes), blocks, strict=True)
-            for place in range(len(index))
-        ]
-        self.offsets = torch.tensor(starts, dtype=torch.int64, device=like.device)[self.places]
+        capacities = torch.tensor([length + spare for index, length in blocks for _ in index], device=device)
+        self.offsets = (capacities.cumsum(0) - capacities)[self.places]
         self._lengths: torch.Tensor | None = None
+        self._prepared = False
 
-    @staticmethod
-    def _dense(part: torch.Tensor, rows: int) -> torch.Tensor:
-        return part.view(rows, -1, part.shape[1])
+    def prepare_steps(self) -> None:
+        """Ready the arena for compiled steps; doing it again changes nothing."""
+        if self._prepared:
+            return
+        for block in self.blocks:
+            for states in (block.keys, block.values):
+                states[:, block.length :] = 0  # a mask hides it, but NaN times zero would come through
+                torch._dynamo.maybe_mark_dynamic(states, 1)  # growing, or another prompt, needs no other code
+        _ = self.lengths  # must exist before it is counted in place
+        self._prepared = True
 
     @property
     def lengths(self) -> torch.Tensor:
-        """[R] int32, by row index: entries in use."""
+        """[R] int32, by row index: entries in use. Once asked for, it is kept up to date in place."""
         if self._lengths is None:
             by_place = [block.length for block in self.blocks for _ in block.index]
-            self._lengths = torch.tensor(by_place, dtype=torch.int32, device=self.keys.device)[self.places]
+            with torch.inference_mode(False):  # so that it can be written in any mode
+                self._lengths = torch.tensor(by_place, dtype=torch.int32, device=self.keys.device)[self.places]
         return self._lengths
 
     @property
     def longest(self) -> int:
-        """Entries in use in the longest row."""
-        return max(block.length for block in self.blocks)
+        """Entries that the longest row has room for."""
+        return max(block.capacity for block in self.blocks)
 
     @property
     def room(self) -> int:
@@ -105,16 +112,18 @@ class Arena:
 
         Args:
             new: how many; negative to forget some.
-            counted: whether ``lengths`` has been brought up to date on the device already.
+            counted: whether ``lengths`` has them already.
         """
         for block in self.blocks:
             block.length += new
-        if not counted:
-            self._lengths = None
+        if self._lengths is not None and not counted:
+            self._lengths += new
 
     def shorten(self, block: Block, length: int) -> None:
         """Take note that the rows of one block hold less."""
-        block.length, self._lengths = length, None
+        block.length = length
+        if self._lengths is not None:
+            self._lengths[list(block.index)] = length
 
     def split(self, per_row: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Hand a [R, ...] tensor in row order to the blocks."""
@@ -125,7 +134,3 @@ class Arena:
         """Undo ``split``: [R, ...] in row order."""
         laid = per_block[0] if len(per_block) == 1 else torch.cat(list(per_block))
         return laid if self.order is None else laid.index_select(0, self.places)
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[:i]) for i in range(len(sizes))]

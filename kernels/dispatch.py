@@ -81,10 +81,33 @@ def operation(name: Operation, device: torch.device | str) -> Callable[..., Any]
     return _load(name, choose(device).backend)
 
 
-def row_operations(device: torch.device | str) -> tuple[Callable[..., Any], ...]:
-    """``compact``, ``append`` and ``ragged_decode`` on an arena, as in ``thinkkv.kernels.grouped``."""
+@dataclass(frozen=True)
+class RowOperations:
+    """What is done to an arena, with the signatures of ``thinkkv.kernels.grouped``.
+
+    Args:
+        compact, append, ragged_decode: the operations.
+        counting: whether ``append`` also counts ``arena.lengths``.
+    """
+
+    compact: Callable[..., None]
+    append: Callable[..., None]
+    ragged_decode: Callable[..., torch.Tensor]
+    counting: bool
+
+
+def row_operations(device: torch.device | str, *, traced: bool = False) -> RowOperations:
+    """The operations on an arena on a device.
+
+    Args:
+        device: where the arena is.
+        traced: for a step that is compiled once and run many times: lengths are read and counted on the device only.
+    """
     backend = choose(device).backend
-    return tuple(_load(name, backend) for name in ROW_OPERATIONS)
+    compact, append, ragged_decode = (_load(name, backend) for name in ROW_OPERATIONS)
+    if traced and backend == "torch":
+        append, ragged_decode = (_function("traced", name) for name in ("append", "ragged_decode"))
+    return RowOperations(compact, append, ragged_decode, counting=traced or backend != "torch")
 
 
 @cache

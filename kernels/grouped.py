@@ -36,12 +36,14 @@ def compact(arena: Arena, keys: torch.Tensor, values: torch.Tensor, kept: Sequen
 
 
 def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Write [R, Q, D] new entries behind every row, in place; every row must have room."""
+    """Write [R, Q, D] new entries behind every row, in place, where every row must have room.
+
+    The arena's own lengths are the caller's to change.
+    """
     new = keys.shape[1]
     for block, new_keys, new_values in zip(arena.blocks, arena.split(keys), arena.split(values), strict=True):
         block.keys.narrow(1, block.length, new).copy_(new_keys)
         block.values.narrow(1, block.length, new).copy_(new_values)
-    arena.lengthen(new)
 
 
 def ragged_decode(
@@ -51,7 +53,8 @@ def ragged_decode(
 
     Args:
         arena: the rows.
-        query: [R, G, Q, D], G query heads per row. Query i sees the entries before ``length - (Q - 1 - i)``.
+        query: [R, G, Q, D], G query heads per row. Query i sees the entries before ``length - (Q - 1 - i)``; so where
+            a row has received fewer tokens than the chunk is wide, its own queries are the last ones.
         scale: softmax scale.
         starts: [R, Q] int32, first entry that each query sees; None where it sees all before it.
 

@@ -27,9 +27,8 @@ def compact(
 
 
 def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor, *, kernel: Kernel) -> None:
-    """As ``thinkkv.kernels.grouped.append``; the kernel counts the rows' lengths on the device."""
+    """As ``thinkkv.kernels.grouped.append``, and ``arena.lengths`` counts the entries in the same launch."""
     kernel(keys, values, arena.keys, arena.values, arena.offsets, arena.lengths)
-    arena.lengthen(keys.shape[1], counted=True)
 
 
 def ragged_decode(

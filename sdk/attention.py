@@ -90,7 +90,7 @@ def attention(
             key.keys,
             key.values,
             scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
-            real=_real(attention_mask, query.shape[2]),
+            real=None if torch.compiler.is_compiling() else _real(attention_mask, query.shape[2]),
             dropout=dropout,
         )
         return out.transpose(1, 2).contiguous(), None

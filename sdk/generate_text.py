@@ -26,7 +26,8 @@ class Generated:
         policy: what the cache kept by.
         prompt_tokens, new_tokens: counts.
         prefill_seconds: until the first new token.
-        decode_seconds: for the others.
+        decode_seconds: for the others; without compiling.
+        compile_seconds: for the step that compiled, None where none did.
         bytes: of the cache at the end.
     """
 
@@ -37,6 +38,13 @@ class Generated:
     prefill_seconds: float
     decode_seconds: float
     bytes: Bytes
+    compile_seconds: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of decoding; None where it made too few tokens to tell."""
+        timed = self.new_tokens - 1 - (self.compile_seconds is not None)
+        return timed / self.decode_seconds if timed > 0 else None
 
     def as_json(self) -> dict[str, Any]:
         """As the command prints it."""
@@ -45,9 +53,12 @@ class Generated:
             "policy": self.policy,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
-            "seconds": {"prefill": round(self.prefill_seconds, 4), "decode": round(self.decode_seconds, 4)},
+            "seconds": {name: round(seconds, 4) for name, seconds in self._seconds().items() if seconds is not None},
             "bytes": vars(self.bytes),
         }
+
+    def _seconds(self) -> dict[str, float | None]:
+        return {"prefill": self.prefill_seconds, "compile": self.compile_seconds, "decode": self.decode_seconds}
 
 
 class _Watch(TextStreamer):
@@ -77,6 +88,7 @@ def generate_text(
     budget: int | None = None,
     profile: HeadProfile | Path | None = None,
     decode: Literal["append", "bounded"] = "append",
+    compiled: bool = False,
     max_new_tokens: int = 200,
     temperature: float | None = None,
     chat: bool = True,
@@ -87,7 +99,7 @@ def generate_text(
     Args:
         model, tokenizer: from ``sdk.load``.
         prompt: the text; as a user message where ``chat`` is set and the tokenizer has a template.
-        policy, ratio, budget, profile, decode: as for ``apply``.
+        policy, ratio, budget, profile, decode, compiled: as for ``apply``.
         max_new_tokens: at most so many.
         temperature: sampling temperature; None decodes greedily.
         echo: receives the text piece by piece while it is generated.
@@ -105,19 +117,23 @@ def generate_text(
         )
     watch = _Watch(tokenizer, echo)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with apply(model, policy=policy, ratio=ratio, budget=budget, profile=profile, decode=decode) as handle:
+    with apply(
+        model, policy=policy, ratio=ratio, budget=budget, profile=profile, decode=decode, compiled=compiled
+    ) as handle:
         start = time.perf_counter()
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=watch, **sampling)
         report = handle.report()
     new = out[0, tokens:]
     first, last = watch.arrivals[1], watch.arrivals[-1]  # arrival 0 is the prompt itself
+    compiling = watch.arrivals[2] - first if compiled and len(new) > 1 else None
     return Generated(
         text=tokenizer.decode(new, skip_special_tokens=True),
         policy=handle.policy.name,
         prompt_tokens=tokens,
         new_tokens=len(new),
         prefill_seconds=first - start,
-        decode_seconds=last - first,
+        decode_seconds=last - first - (compiling or 0),
+        compile_seconds=compiling,
         bytes=report.bytes,
     )
 

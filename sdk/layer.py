@@ -134,6 +134,8 @@ class HeterogeneousLayer(CacheLayerMixin):
         Returns:
             [B, Hq, Q, D].
         """
+        if torch.compiler.is_compiling():
+            return self._step(query, keys, values, scale)
         if self.store is None:
             # As projected, the heads of a token lie side by side; attention and compaction read head by head.
             keys, values = keys.contiguous(), values.contiguous()
@@ -154,6 +156,29 @@ class HeterogeneousLayer(CacheLayerMixin):
                     self._cut_back(self.store, query, scale, real)
         self.seen += query.shape[2]
         return out
+
+    def prepare_step(self) -> None:
+        """Before a compiled step: room for its token, and everything that it reads in place."""
+        assert self.store is not None
+        if self.shape.window is not None and self.store.arena.room == 0:
+            self._leave_window(self.store)
+        self.store.prepare_step()
+
+    def count_step(self) -> None:
+        """After a compiled step."""
+        assert self.store is not None
+        self.store.arena.lengthen(1, counted=True)
+        self.seen += 1
+
+    def _step(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+        """One new token per sequence, traced by a compiler: changes tensors only; ``count_step`` does the rest."""
+        assert self.store is not None
+        batch, heads, _, dim = query.shape
+        operations, arena = self.store.traced, self.store.arena
+        operations.append(arena, keys.flatten(0, 1), values.flatten(0, 1))
+        rows = query.reshape(batch * self.shape.kv_heads, self.shape.query_group, 1, dim)
+        starts = self.store.starts(arena.lengths, 1, self.shape.window) if self.shape.window is not None else None
+        return operations.ragged_decode(arena, rows, scale=scale, starts=starts).reshape(batch, heads, 1, dim)
 
     def kept_positions(self) -> list[list[list[int]]]:
         """Token positions in store: ``[sequence][KV head]``, each ascending."""
@@ -263,7 +288,7 @@ class HeterogeneousLayer(CacheLayerMixin):
             return self._attend_padded(store, query, scale, real)
         batch, heads, new, dim = query.shape
         rows = query.reshape(batch * self.shape.kv_heads, self.shape.query_group, new, dim)
-        out: torch.Tensor = store.attend(store.arena, rows, scale=scale, starts=self._starts(store, new))
+        out = store.operations.ragged_decode(store.arena, rows, scale=scale, starts=self._starts(store, new))
         return out.reshape(batch, heads, new, dim)
 
     def _attend_padded(self, store: LayerStore, query: torch.Tensor, scale: float, real: torch.Tensor) -> torch.Tensor:
@@ -277,12 +302,7 @@ class HeterogeneousLayer(CacheLayerMixin):
         window = self.shape.window
         if window is None or self.seen + new <= window:
             return None
-        ages = torch.arange(new, 0, -1, dtype=torch.int32, device=store.arena.keys.device)
-        starts = []
-        for group in store.groups:
-            oldest = group.next_position()[:, None] - ages - (window - 1)
-            starts.append(torch.searchsorted(group.positions(), oldest.contiguous(), out_int32=True))
-        return store.arena.join(starts)
+        return store.starts(store.arena.lengths, new, window)
 
 
 @contextmanager

@@ -2,25 +2,35 @@
 
 A patch is three reversible things on one model instance: the attention implementation's name in its config, a hook on
 the decoder that supplies a cache where the caller passed none, and ``generate`` wrapped to supply one and to refuse
-what such a cache cannot do. No class, no forward and no other model is touched.
+what such a cache cannot do. Where steps are to be compiled, the instance's forward is wrapped too. No class, no other
+model and nothing of a forward's code is touched.
 """
 
 from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from thinkkv.kernels.dispatch import KernelError, choose
 from thinkkv.patches.architecture import LayerShape, probe
-from thinkkv.patches.errors import BudgetError, PatchStateError, UnsupportedModelError
+from thinkkv.patches.errors import (
+    BudgetError,
+    PatchStateError,
+    ThinkKVError,
+    UnsupportedGenerationError,
+    UnsupportedModelError,
+)
 from thinkkv.patches.registry import architecture_of
 from thinkkv.sdk.attention import NAME, register_attention
 from thinkkv.sdk.budget import Budget
 from thinkkv.sdk.cache import HeterogeneousCache
+from thinkkv.sdk.compiled import CompiledStep, inductor
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.generation import check_generation, refuse, setting
 from thinkkv.sdk.policies import Full, Policy, policy_named
@@ -44,6 +54,7 @@ def apply(
     budget: int | None = None,
     profile: HeadProfile | str | Path | None = None,
     decode: Literal["append", "bounded"] = "append",
+    compiled: bool | str = False,
 ) -> PatchHandle:
     """Patch a model: from now on it caches what the policy keeps.
 
@@ -55,6 +66,8 @@ def apply(
         budget: instead of a ratio: tokens per KV head on average.
         profile: fixes which heads are heterogeneous instead of telling them apart per prompt; object or folder.
         decode: ``append`` every new token to every head, or keep the heads that are not heterogeneous ``bounded``.
+        compiled: whether to compile steps of one new token (``sdk/compiled.py``): the first takes about a minute, the
+            others are faster; or the name of another ``torch.compile`` backend than inductor.
 
     Returns:
         A handle that reports and reverts; also a context manager that reverts at its end.
@@ -64,21 +77,32 @@ def apply(
         BudgetError: an impossible ratio, budget or policy name.
         ProfileMismatchError: the profile is damaged or of another model.
         PatchStateError: the model is patched already.
+        UnsupportedGenerationError: bounded decoding cannot be compiled.
+        ThinkKVError: the kernels that the environment asks for cannot run here.
     """
     if decode not in ("append", "bounded"):
         raise BudgetError(f"no decode mode {decode!r} - choose append or bounded")
+    if compiled and decode == "bounded":
+        raise UnsupportedGenerationError(
+            "bounded decoding re-selects tokens between steps, which is not compiled - use decode='append'"
+        )
     target = _unwrapped(model)
     if HANDLE in target.__dict__:
         current = target.__dict__[HANDLE].policy.name
         raise PatchStateError(f"the model is patched with {current} already - revert() that handle first")
     shapes = probe(architecture_of(target.config), target)
+    try:
+        choose(target.device)
+    except KernelError as error:
+        raise ThinkKVError(str(error)) from None
     if isinstance(profile, (str, Path)):
         profile = HeadProfile.load(profile)
     chosen = _resolve_policy(policy, profile)
     if profile is not None:
         profile.check(target, shapes)
         chosen = profile.fix(chosen)
-    return PatchHandle(target, Compression(chosen, _resolve_budget(chosen, ratio, budget), shapes, decode))
+    compression = Compression(chosen, _resolve_budget(chosen, ratio, budget), shapes, decode)
+    return PatchHandle(target, compression, inductor if compiled is True else compiled or None)
 
 
 class PatchHandle:
@@ -91,8 +115,11 @@ class PatchHandle:
         active: False after ``revert``.
     """
 
-    def __init__(self, model: PreTrainedModel, compression: Compression) -> None:
+    def __init__(
+        self, model: PreTrainedModel, compression: Compression, backend: str | Callable[..., Any] | None = None
+    ) -> None:
         self._model = model
+        self._backend = backend
         self._compression = compression
         self._latest: weakref.ref[HeterogeneousCache] | None = None
         self._snapshot: Report | None = None
@@ -144,11 +171,8 @@ class PatchHandle:
             return
         self.active = False
         self._hook.remove()
-        del (
-            self._model.__dict__["generate"],
-            self._model.__dict__["generate_batch"],
-            self._model.__dict__[HANDLE],
-        )
+        for name in (*self._installed, HANDLE):
+            del self._model.__dict__[name]
         vars(self._model).update(self._shadowed)
         self._model.set_attn_implementation(self._previous_attention)
 
@@ -175,16 +199,17 @@ class PatchHandle:
                 f"the attention of {type(model).__name__} cannot be exchanged - its class must attend "
                 "through transformers' AttentionInterface"
             )
-        self._shadowed: dict[str, Any] = {
-            name: model.__dict__[name] for name in ("generate", "generate_batch") if name in model.__dict__
-        }
         # Bound methods, so that a deep copy of the model is patched on its own.
         self._hook = model.base_model.register_forward_pre_hook(self._supply_cache, with_kwargs=True)
-        vars(model).update(
-            generate=MethodType(_generate, model),
-            generate_batch=MethodType(_refuse_batching, model),
-            **{HANDLE: self},
-        )
+        installed: dict[str, Any] = {
+            "generate": MethodType(_generate, model),
+            "generate_batch": MethodType(_refuse_batching, model),
+        }
+        if self._backend is not None:
+            installed["forward"] = CompiledStep(model, self._backend)
+        self._installed = tuple(installed)
+        self._shadowed = {name: vars(model)[name] for name in installed if name in vars(model)}
+        vars(model).update(installed | {HANDLE: self})
         self.active = True
 
     def _supply_cache(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

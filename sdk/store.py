@@ -119,9 +119,10 @@ class LayerStore:
             kept: per row what it holds of them.
             next_positions: [R] int32, by row index: position that the row's next token will have.
         """
-        self._compact, self._append, self.attend = row_operations(keys.device)
+        self.operations = row_operations(keys.device)
+        self.traced = row_operations(keys.device, traced=True)
         self._lay_out(keys, [row.positions for row in kept], [row.limit for row in kept], next_positions)
-        self._compact(self.arena, keys, values, [row.entries for row in kept])
+        self.operations.compact(self.arena, keys, values, [row.entries for row in kept])
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append new tokens to every row, in place.
@@ -132,7 +133,8 @@ class LayerStore:
         if self.arena.room < keys.shape[1]:
             with torch.inference_mode(False):  # what inference mode allocates could not be written outside of it
                 self._grow(keys.shape[1])
-        self._append(self.arena, keys, values)
+        self.operations.append(self.arena, keys, values)
+        self.arena.lengthen(keys.shape[1], counted=self.operations.counting)
 
     def append_ragged(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor) -> None:
         """Append a padded chunk: each row takes only its real tokens.
@@ -174,6 +176,34 @@ class LayerStore:
     def rows(self) -> list[Row]:
         """All rows, as views, by row index."""
         return sorted((row for group in self.groups for row in group.rows()), key=lambda row: row.index)
+
+    def starts(self, lengths: torch.Tensor, new: int, window: int) -> torch.Tensor:
+        """First entry that each of the newest queries sees through a sliding window.
+
+        Args:
+            lengths: [R], entries in use.
+            new: Q, newest tokens of every row.
+            window: tokens that a query sees, itself included.
+
+        Returns:
+            [R, Q] int32, by row index.
+        """
+        ages = torch.arange(new, 0, -1, dtype=torch.int32, device=lengths.device)
+        found = []
+        for group, length in zip(self.groups, self.arena.split(lengths), strict=True):
+            following = group.next_placed + (length - group.placed.shape[1])
+            oldest = following[:, None] - (ages + (window - 1))
+            placed = torch.searchsorted(group.placed, oldest.contiguous(), out_int32=True)
+            # The entries that were appended follow on without gaps.
+            found.append(placed + (oldest - group.next_placed[:, None]).clamp(min=0))
+        return self.arena.join(found)
+
+    def prepare_step(self) -> None:
+        """Make room for one more token, and ready a new arena for compiled steps."""
+        if self.arena.room == 0:
+            with torch.inference_mode(False):
+                self._grow(1)
+        self.arena.prepare_steps()
 
     def next_positions(self) -> torch.Tensor:
         """[R] int32, by row index: position of the next token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -45,6 +45,12 @@ Examples:
     show_default=True,
     help="Whether other than full heads keep every new token, or stay at the size they had after the prompt.",
 )
+@click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Compile the decode step: about a minute at first, then faster. Worth it for long texts.",
+)
 @click.option("--prompt", help="The prompt.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="A text file with the prompt.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
@@ -63,6 +69,7 @@ def generate(
     ratio: float | None,
     budget: int | None,
     decode: Literal["append", "bounded"],
+    compiled: bool,
     prompt: str | None,
     prompt_file: Path | None,
     max_new_tokens: int,
@@ -96,6 +103,7 @@ def generate(
         budget=budget,
         profile=profile,
         decode=decode,
+        compiled=compiled,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         chat=not raw,
@@ -150,13 +158,13 @@ def _newest(
 
 def _show(done: Generated) -> None:
     """Speeds and bytes, on stderr."""
-    found: dict[str, Any] = done.as_json()
-    seconds, held = found["seconds"], found["bytes"]
-    prefill = found["prompt_tokens"] / max(seconds["prefill"], 1e-9)
-    decode = max(0, found["new_tokens"] - 1) / max(seconds["decode"], 1e-9)
+    held = vars(done.bytes)
+    prefill = done.prompt_tokens / max(done.prefill_seconds, 1e-9)
+    decode = f" at {done.tokens_per_second:.1f}/s" if done.tokens_per_second else ""
+    compiling = f", compiled in {done.compile_seconds:.0f} s" if done.compile_seconds else ""
     console.print(
-        f"{found['policy']}: {found['prompt_tokens']} prompt tokens at {prefill:.0f}/s, "
-        f"{found['new_tokens']} new at {decode:.1f}/s",
+        f"{done.policy}: {done.prompt_tokens} prompt tokens at {prefill:.0f}/s, "
+        f"{done.new_tokens} new{decode}{compiling}",
         highlight=False,
     )
     console.print(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 
 from thinkkv.kernels import grouped
 from thinkkv.kernels.arena import Arena
-from thinkkv.kernels.dispatch import row_operations
+from thinkkv.kernels.dispatch import RowOperations, row_operations
 
 BACKENDS = ["torch"]
 
@@ -38,7 +36,7 @@ SHAPES = [
 
 
 @pytest.fixture(params=BACKENDS)
-def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[..., Any], ...]:
+def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RowOperations:
     monkeypatch.setenv("THINKKV_KERNELS", request.param)
     return row_operations("cpu")
 
@@ -87,9 +85,8 @@ def attended(
 @pytest.mark.parametrize("windowed", [False, True], ids=["causal", "window"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rows_are_filled_extended_and_attended(
-    shape: Shape, windowed: bool, dtype: torch.dtype, operations: tuple[Callable[..., Any], ...]
+    shape: Shape, windowed: bool, dtype: torch.dtype, operations: RowOperations
 ) -> None:
-    compact, append, ragged_decode = operations
     generator = torch.Generator().manual_seed(sum(shape.lengths))
     rows, prompt = len(shape.lengths), max(shape.lengths)
 
@@ -100,14 +97,15 @@ def test_rows_are_filled_extended_and_attended(
     held = tuple(max(0, length - shape.new) for length in shape.lengths)
     kept = [torch.randperm(prompt, generator=generator)[:count].sort().values for count in held]
     arena = arena_of(held, shape.dim, dtype)
-    compact(arena, keys, values, kept)
+    operations.compact(arena, keys, values, kept)
     for row, (found_keys, found_values) in enumerate(stored(arena)):
         assert torch.equal(found_keys, keys[row, kept[row]])
         assert torch.equal(found_values, values[row, kept[row]])
 
     # As projected, the new tokens of all heads lie side by side.
     new_keys, new_values = (drawn(shape.new, rows, shape.dim).transpose(0, 1) for _ in "kv")
-    append(arena, new_keys, new_values)
+    operations.append(arena, new_keys, new_values)
+    arena.lengthen(shape.new, counted=operations.counting)
     assert arena.lengths.tolist() == [count + shape.new for count in held]
     for row, (found_keys, found_values) in enumerate(stored(arena)):
         assert torch.equal(found_keys[held[row] :], new_keys[row])
@@ -118,7 +116,7 @@ def test_rows_are_filled_extended_and_attended(
     if windowed:
         starts = torch.randint(0, 40, (rows, shape.new), generator=generator, dtype=torch.int32)
     expected, sees = attended(arena, query, 0.3, starts)
-    found = ragged_decode(arena, query, scale=0.3, starts=starts)
+    found = operations.ragged_decode(arena, query, scale=0.3, starts=starts)
     assert found.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 5e-3
     error = (found.double() - expected)[sees].norm() / expected[sees].norm().clamp(min=1e-30)
@@ -126,11 +124,11 @@ def test_rows_are_filled_extended_and_attended(
     assert not found[~sees].any()
 
 
-def test_rows_of_length_zero_give_zeros(operations: tuple[Callable[..., Any], ...]) -> None:
+def test_rows_of_length_zero_give_zeros(operations: RowOperations) -> None:
     arena = arena_of((0, 3, 0), 64, torch.float32)
-    operations[0](arena, torch.randn(3, 4, 64), torch.randn(3, 4, 64), [torch.arange(n) for n in (0, 3, 0)])
+    operations.compact(arena, torch.randn(3, 4, 64), torch.randn(3, 4, 64), [torch.arange(n) for n in (0, 3, 0)])
     query = torch.randn(3, 2, 1, 64)
-    found = operations[2](arena, query, scale=0.3)
+    found = operations.ragged_decode(arena, query, scale=0.3)
     expected, _ = attended(arena, query, 0.3, None)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""A tokenizer with one token per character, for the tests that need text."""
+"""What most tests of the SDK start from: a tiny model, a prompt, and a tokenizer with one token per character."""
 
 from __future__ import annotations
 
@@ -6,10 +6,23 @@ import string
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.tiny_models import new_model, prompts
+
 CHARACTERS = string.ascii_letters + string.digits + " \n:?.,'-"
+
+
+@pytest.fixture
+def model() -> Any:
+    return new_model("llama", 2)
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return prompts([90]).ids
 
 
 @pytest.fixture(scope="session")

@@ -33,16 +33,6 @@ class Recorder(BaseStreamer):
         self.ended = True
 
 
-@pytest.fixture
-def model() -> Any:
-    return new_model("llama", 2)
-
-
-@pytest.fixture(scope="module")
-def ids() -> torch.Tensor:
-    return prompts([90]).ids
-
-
 @pytest.mark.parametrize(("policy", "ratio"), FULL_BUDGETS, ids=NAMES)
 class TestFullBudget:
     """With everything kept, the tokens are the stock model's."""

@@ -25,16 +25,6 @@ def greedy(model: Any, ids: torch.Tensor, steps: int = 8, **options: Any) -> lis
     return model.generate(ids, max_new_tokens=steps, do_sample=False, **options)[:, ids.shape[1] :].tolist()
 
 
-@pytest.fixture
-def model() -> Any:
-    return new_model("llama", 2)
-
-
-@pytest.fixture(scope="module")
-def ids() -> torch.Tensor:
-    return prompts([90]).ids
-
-
 class TestState:
     """Applying twice, reverting twice, and what is left behind."""
 
