@@ -16,6 +16,9 @@ from thinkkv.kernels.arena import Arena, Block
 QUERY_BLOCK = 512
 """Queries attended at once for a chunk; bounds the mask to ``group * QUERY_BLOCK * T`` booleans."""
 
+SHORTEST_PART = 2048
+"""Entries below which splitting a row costs more than a second thread saves (measured: docs/kernels.md)."""
+
 
 def compact(arena: Arena, keys: torch.Tensor, values: torch.Tensor, kept: Sequence[torch.Tensor]) -> None:
     """Fill the rows with what they keep.
@@ -73,12 +76,49 @@ def ragged_decode(
 def _attend(block: Block, query: torch.Tensor, scale: float, starts: torch.Tensor | None) -> torch.Tensor:
     keys, values = block.keys.narrow(1, 0, block.length), block.values.narrow(1, 0, block.length)
     if query.shape[2] == 1 and starts is None and block.length:
-        # Rows as the batch, the query group as the queries: [r, 1, G, D] over [r, 1, T, D].
-        folded = query.transpose(1, 2)
-        out = scaled_dot_product_attention(folded, keys.unsqueeze(1), values.unsqueeze(1), scale=scale)
-        return out.transpose(1, 2)
+        return _attend_token(query, keys, values, scale)
     blocks = range(0, query.shape[2], QUERY_BLOCK)
     return torch.cat([_attend_queries(query, keys, values, first, scale, starts) for first in blocks], dim=2)
+
+
+def _attend_token(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """One token that sees everything: [r, G, 1, D] over [r, T, D]."""
+    # Rows as the batch, the query group as the queries: [r, 1, G, D] over [r, 1, T, D].
+    folded = query.transpose(1, 2)
+    parts = _parts(*keys.shape[:2])
+    if parts == 1:
+        out = scaled_dot_product_attention(folded, keys.unsqueeze(1), values.unsqueeze(1), scale=scale)
+    else:
+        out = _attend_in_parts(folded, keys, values, parts, scale)
+    return out.transpose(1, 2)
+
+
+def _parts(rows: int, length: int) -> int:
+    """Into how many parts rows are split; torch gives each (row, part) to one thread."""
+    threads = torch.get_num_threads()
+    if rows % threads == 0 or length < 2 * SHORTEST_PART:
+        return 1
+    return min(threads, length // SHORTEST_PART)
+
+
+def _attend_in_parts(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, parts: int, scale: float
+) -> torch.Tensor:
+    """[r, 1, G, D]: split-K attention, merged by the parts' log-sum-exps."""
+    width = keys.shape[1] // parts
+    found = [
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query.expand(-1, count, -1, -1), *(states.unflatten(1, (count, -1)) for states in piece), scale=scale
+        )
+        for count, *piece in (
+            (parts, keys[:, : parts * width], values[:, : parts * width]),
+            (1, keys[:, parts * width :], values[:, parts * width :]),
+        )
+        if piece[0].shape[1]
+    ]
+    out, sums = (torch.cat(tensors, dim=1) for tensors in zip(*found, strict=True))
+    weights = torch.softmax(sums, dim=1).unsqueeze(-1)
+    return (out * weights).sum(dim=1, keepdim=True).to(query.dtype)
 
 
 def _attend_queries(

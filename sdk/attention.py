@@ -93,7 +93,7 @@ def attention(
             real=None if torch.compiler.is_compiling() else _real(attention_mask, query.shape[2]),
             dropout=dropout,
         )
-        return out.transpose(1, 2).contiguous(), None
+        return out.transpose(1, 2), None
     assert isinstance(value, torch.Tensor)
     mask = attention_mask.dense if isinstance(attention_mask, DeferredMask) else attention_mask
     return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)

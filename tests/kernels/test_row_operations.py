@@ -145,3 +145,17 @@ def test_chunks_longer_than_a_query_block_are_attended_whole(block: int, monkeyp
         expected, _ = attended(arena, query, 0.3, first)
         found = grouped.ragged_decode(arena, query, scale=0.3, starts=first)
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("length", [63, 64, 101])
+def test_rows_split_over_threads_are_attended_whole(length: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "SHORTEST_PART", 20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    arena = arena_of((length, 9, length, length, length), 64, torch.float32)
+    prompt = torch.randn(2, 5, length, 64)
+    grouped.compact(arena, *prompt, [torch.arange(n) for n in (length, 9, length, length, length)])
+    query = torch.randn(5, 3, 1, 64)
+    expected, _ = attended(arena, query, 0.3, None)
+    found = grouped.ragged_decode(arena, query, scale=0.3)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
