@@ -35,13 +35,21 @@ STEPS_PER_TURN = 6
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing to measure: stock transformers (policy None) or a policy at a ratio."""
+    """One thing to measure: stock transformers (policy None) or a policy at a ratio, its steps compiled or not."""
 
     policy: str | None
     ratio: float = 1.0
+    compiled: bool = False
+
+    @classmethod
+    def named(cls, text: str, ratio: float) -> Setting:
+        """From ``policy`` or ``policy+compiled``."""
+        policy, _, compiled = text.partition("+")
+        return cls(policy, 1.0 if policy == "full" else ratio, compiled == "compiled")
 
     def __str__(self) -> str:
-        return "stock" if self.policy is None else f"{self.policy}-{self.ratio:g}"
+        name = "stock" if self.policy is None else f"{self.policy}-{self.ratio:g}"
+        return name + "+compiled" * self.compiled
 
     @contextmanager
     def on(self, model: Any) -> Iterator[Any]:
@@ -49,7 +57,7 @@ class Setting:
         if self.policy is None:
             yield lambda: DynamicCache(config=model.config)
             return
-        with sdk.apply(model, policy=self.policy, ratio=self.ratio) as handle:
+        with sdk.apply(model, policy=self.policy, ratio=self.ratio, compiled=self.compiled) as handle:
             yield handle.new_cache
 
 
@@ -115,11 +123,25 @@ def measure(model: Any, ids: torch.Tensor, settings: list[Setting], turns: int, 
     for _ in range(turns):
         for run in runs:
             decode(model, run, STEPS_PER_TURN)
-    return [row(run, runs[0], ids) for run in runs]
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    bandwidth = copy_bandwidth()
+    return [row(run, runs[0], ids, weights, bandwidth) for run in runs]
 
 
-def row(run: Run, stock: Run, ids: torch.Tensor) -> dict[str, Any]:
-    """One result as JSON values; speeds are medians."""
+def copy_bandwidth() -> float:
+    """Bytes that this machine reads and writes a second when it copies 200 MB with torch's threads; the best of 9."""
+    source = torch.ones(50_000_000)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / min(times)
+
+
+def row(run: Run, stock: Run, ids: torch.Tensor, weights: int, bandwidth: float) -> dict[str, Any]:
+    """One result as JSON values; speeds are medians, ``bound`` is that of reading all weights and the cache once."""
     step, stock_step = statistics.median(run.decode), statistics.median(stock.decode)
     deciles = statistics.quantiles(run.decode, n=10)
     return {
@@ -131,6 +153,7 @@ def row(run: Run, stock: Run, ids: torch.Tensor) -> dict[str, Any]:
         "decode_tokens_per_second": round(ids.shape[0] / step, 2),
         "decode_vs_stock": round(stock_step / step, 3),
         "step_ms_p10_p90": [round(1000 * deciles[0], 2), round(1000 * deciles[-1], 2)],
+        "bound_tokens_per_second": round(ids.shape[0] * bandwidth / (weights + cache_bytes(run.cache)), 2),
         "cache_bytes": cache_bytes(run.cache),
     }
 
@@ -176,7 +199,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--contexts", default="128,2000,8000")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--policies", default="full,task-kv")
+    parser.add_argument("--policies", default="full,task-kv", help="with +compiled where steps are to be compiled")
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--turns", type=int, default=8, help=f"blocks of {STEPS_PER_TURN} decode steps per setting")
     parser.add_argument("--prefills", type=int, default=3)
@@ -190,9 +213,7 @@ def main() -> None:
     if arguments.child:
         child(arguments)
         return
-    settings = [Setting(None)] + [
-        Setting(p, 1.0 if p == "full" else arguments.ratio) for p in arguments.policies.split(",")
-    ]
+    settings = [Setting(None)] + [Setting.named(text, arguments.ratio) for text in arguments.policies.split(",")]
     rows: list[dict[str, Any]] = []
     for dtype in arguments.dtypes.split(","):
         model, tokenizer = (None, None) if arguments.memory else sdk.load(arguments.model, dtype=dtype)

@@ -19,11 +19,8 @@ VARIABLE = "THINKKV_KERNELS"
 """Environment variable that forces an implementation."""
 
 Backend = Literal["torch", "triton", "reference"]
-Operation = Literal["window_scores", "semantic_vectors", "compact", "append", "ragged_decode"]
+Operation = Literal["window_scores", "semantic_vector", "compact", "append", "ragged_decode"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
-
-FOLDERS: dict[Operation, str] = {"semantic_vectors": "semantic_vector"}
-"""Folder of an operation where it does not have the operation's name."""
 
 ROW_OPERATIONS: tuple[Operation, ...] = ("compact", "append", "ragged_decode")
 """Operations on a layer's arena; the others take dense tensors."""
@@ -115,7 +112,7 @@ def _load(name: Operation, backend: Backend) -> Callable[..., Any]:
     if backend == "torch" and name in ROW_OPERATIONS:
         return _function("grouped", name)
     module = "triton" if backend == "triton" else "reference"
-    kernel = _function(f"{FOLDERS.get(name, name)}.{module}", name)
+    kernel = _function(f"{name}.{module}", name)
     return partial(_function("ragged", name), kernel=kernel) if name in ROW_OPERATIONS else kernel
 
 

@@ -8,6 +8,7 @@ at the speed of memory; the library's own product of a row and a matrix uses one
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -80,7 +81,15 @@ class CompiledStep:
         inputs["attention_mask"] = ids.new_ones(1, 1, 1, 1)
         for layer in cache.layers:
             layer.prepare_step()
-        out = self._compiled(**inputs)
+        try:
+            out = self._compiled(**inputs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            warnings.warn(
+                "too many different cache layouts were compiled, this step runs uncompiled - "
+                "fix the classes of the heads with a profile, or call torch.compiler.reset()",
+                stacklevel=2,
+            )
+            return self._forward(*args, **kwargs)
         for layer in cache.layers:
             layer.count_step()
         return out

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import avg_pool1d
 
-from thinkkv.kernels.window_scores.reference import window_scores
+from thinkkv.kernels.dispatch import operation
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class PromptView:
     def window_scores(self, observation_window: int) -> torch.Tensor:
         """[Hq, N] float32: mean attention of the last ``observation_window`` queries."""
         window = min(observation_window, self.tokens)
-        return window_scores(self.queries[:, self.tokens - window :], self.keys, scale=self.scale)
+        newest = self.queries[:, self.tokens - window :]
+        scores: torch.Tensor = operation("window_scores", newest.device)(newest, self.keys, scale=self.scale)
+        return scores
 
     def per_kv_head(self, scores: torch.Tensor) -> torch.Tensor:
         """[Hq, N] scores averaged over each query group: [n, N]."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from thinkkv.kernels.semantic_vector.reference import semantic_vectors
+from thinkkv.kernels.dispatch import operation
 from thinkkv.sdk.plan import PromptView
 
 Unit = Literal["query", "kv"]
@@ -34,6 +34,6 @@ def head_distances(
         [n] float32.
     """
     weights = scores if unit == "query" else prompt.per_kv_head(scores)
-    vectors = semantic_vectors(weights, prompt.values, top=top)
-    distances = (vectors - vectors.mean(dim=0)).norm(dim=1).unflatten(0, (prompt.kv_heads, -1))
+    vectors = operation("semantic_vector", weights.device)(weights, prompt.values, top=top)
+    distances: torch.Tensor = (vectors - vectors.mean(dim=0)).norm(dim=1).unflatten(0, (prompt.kv_heads, -1))
     return distances.amax(dim=1) if reduction == "max" else distances.mean(dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def semantic_vectors(weights: torch.Tensor, values: torch.Tensor, *, top: int) -> torch.Tensor:
+def semantic_vector(weights: torch.Tensor, values: torch.Tensor, *, top: int) -> torch.Tensor:
     """Weighted sum of the values of each head's most attended tokens, not renormalised.
 
     Args:

@@ -50,6 +50,7 @@ def _examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in sorted({need.name for _, need in requirements})},
         "device": _device(),
+        "kernels": _kernels(),
         "models": _models(),
         "extras": _extras(requirements),
         "architectures": sorted(architectures()),
@@ -87,6 +88,19 @@ def _device() -> dict[str, Any]:
     else:
         kind, names = "cpu", [platform.processor() or platform.machine()]
     return {"kind": kind, "names": names, "threads": torch.get_num_threads()}
+
+
+def _kernels() -> list[dict[str, Any]]:
+    """Which implementation each operation has on the device, and why."""
+    from thinkkv.kernels.dispatch import OPERATIONS, KernelError, choose
+
+    kind = _device()["kind"]
+    try:
+        choice = choose("cuda" if kind == "rocm" else kind)  # torch calls AMD's devices so too
+        backend, reason = choice.backend, choice.reason
+    except KernelError as error:
+        backend, reason = None, str(error)
+    return [{"operation": name, "backend": backend, "reason": reason} for name in OPERATIONS]
 
 
 def _models() -> list[dict[str, Any]]:
@@ -135,9 +149,17 @@ def _show(found: dict[str, Any]) -> None:
     console.print(f"device: {device['kind']} ({', '.join(device['names'])}), {device['threads']} threads")
     console.print(f"architectures: {', '.join(found['architectures'])}")
     console.print(f"policies: {', '.join(found['policies'])}")
+    console.print(_kernels_table(found["kernels"]))
     console.print(_versions_table(found["versions"]))
     console.print(_extras_table(found["extras"]))
     console.print(_models_table(found["models"]))
+
+
+def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
+    table = _table("operation", "runs as", "because")
+    for kernel in kernels:
+        table.add_row(kernel["operation"], kernel["backend"] or "nothing", kernel["reason"].replace("[", r"\["))
+    return table
 
 
 def _versions_table(versions: dict[str, str | None]) -> Table:

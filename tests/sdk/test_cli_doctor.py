@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from thinkkv import sdk
@@ -183,6 +184,14 @@ def test_doctor_names_versions_and_device(examined: dict) -> None:
     assert examined["versions"]["torch"] == metadata.version("torch")
     assert examined["device"]["kind"] in ("cuda", "rocm", "mps", "cpu")
     assert examined["device"]["threads"] >= 1
+
+
+def test_doctor_says_which_kernels_run_and_why(examined: dict) -> None:
+    kernels = {kernel["operation"]: kernel for kernel in examined["kernels"]}
+    assert set(kernels) == {"window_scores", "semantic_vector", "compact", "append", "ragged_decode"}
+    if not torch.cuda.is_available():
+        assert {kernel["backend"] for kernel in kernels.values()} == {"torch"}
+        assert "cpu tensors" in kernels["append"]["reason"]
 
 
 def test_doctor_lists_what_is_supported(examined: dict) -> None:

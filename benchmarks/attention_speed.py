@@ -1,0 +1,178 @@
+"""What a cache costs on a CPU: attention over the rows held, beside the time that reading them once takes.
+
+    python benchmarks/attention_speed.py --out benchmarks/results/attention_speed.json
+
+Appends one token to every layer's rows and attends to them, as a decode step does. There are as many layers as in the model,
+so no row is in the processor's cache. ``layouts`` compares rows of one, two and three lengths that hold the same bytes.
+``prefill`` times the policies' part of a prompt: window scores, separator and compaction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from decode_speed import copy_bandwidth, prompt_ids
+from environment import describe
+from rich.console import Console
+from rich.table import Table
+
+from thinkkv import sdk
+from thinkkv.kernels.arena import Arena
+from thinkkv.kernels.dispatch import row_operations
+from thinkkv.sdk.layer import HeterogeneousLayer
+
+LAYERS, KV_HEADS, GROUP, DIM = 30, 3, 3, 64
+"""SmolLM2-135M's."""
+
+LAYOUTS: dict[str, tuple[float, ...]] = {
+    "one length": (1.0, 1.0, 1.0),
+    "two lengths": (2.0, 0.5, 0.5),
+    "three lengths": (1.5, 1.0, 0.5),
+}
+"""Lengths of the three rows over their mean."""
+
+
+def layer(lengths: list[int], dtype: torch.dtype) -> Arena:
+    """One layer's rows, random."""
+    alike = sorted(set(lengths), reverse=True)
+    blocks = [([row for row, mine in enumerate(lengths) if mine == length], length) for length in alike]
+    arena = Arena(blocks, spare=512, like=torch.empty(0, DIM, dtype=dtype))
+    arena.keys.normal_()
+    arena.values.normal_()
+    return arena
+
+
+def step(layers: list[Arena], dtype: torch.dtype) -> Callable[[], None]:
+    """Append a token to all layers and attend to it."""
+    operations = row_operations("cpu")
+    query = torch.randn(KV_HEADS, GROUP, 1, DIM, dtype=dtype)
+    new = torch.randn(KV_HEADS, 1, DIM, dtype=dtype)
+
+    def run() -> None:
+        for arena in layers:
+            operations.append(arena, new, new)
+            arena.lengthen(1)
+            operations.ragged_decode(arena, query, scale=DIM**-0.5)
+
+    return run
+
+
+def layouts(dtype: torch.dtype, tokens: int, turns: int) -> list[dict[str, Any]]:
+    """Rows of the table: every layout at ``tokens`` held per row on average, in turns."""
+    runs = {
+        name: [layer([int(tokens * share) for share in shares], dtype) for _ in range(LAYERS)]
+        for name, shares in LAYOUTS.items()
+    }
+    steps = {name: step(layers, dtype) for name, layers in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    bandwidths = []
+    with torch.inference_mode():
+        for turn in range(turns + 2):
+            bandwidths.append(copy_bandwidth())
+            for name, run in steps.items():
+                for _ in range(8):
+                    start = time.perf_counter()
+                    run()
+                    if turn >= 2:
+                        times[name].append(time.perf_counter() - start)
+    bandwidth = statistics.median(bandwidths)
+    rows = []
+    for name, layers in runs.items():
+        held = sum(arena.used for arena in layers) * DIM * dtype.itemsize * 2
+        median = statistics.median(times[name])
+        rows.append(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads(),
+                "tokens_per_row": tokens,
+                "layout": name,
+                "held_bytes": held,
+                "ms": round(1000 * median, 3),
+                "bound_ms": round(1000 * held / bandwidth, 3),
+                "over_bound": round(median * bandwidth / held, 2),
+                "over_two_lengths": round(median / statistics.median(times["two lengths"]), 2),
+            }
+        )
+    return rows
+
+
+@torch.inference_mode()
+def prefill(dtype: str, context: int, turns: int) -> list[dict[str, Any]]:
+    """What share of a prompt's time goes to choosing and moving what is kept."""
+    model, tokenizer = sdk.load("smollm2-135m", dtype=dtype)
+    ids = prompt_ids(tokenizer, context, 1)
+    whole = HeterogeneousLayer._compact
+    rows = []
+    for policy in ("full", "task-kv"):
+        shares, seconds = [], []
+        for _ in range(turns):
+            spent = 0.0
+
+            def timed(*args: Any) -> None:
+                nonlocal spent
+                start = time.perf_counter()
+                whole(*args)
+                spent += time.perf_counter() - start
+
+            with sdk.apply(model, policy=policy, ratio=0.25), patch.object(HeterogeneousLayer, "_compact", timed):
+                start = time.perf_counter()
+                model(ids, logits_to_keep=1)
+                seconds.append(time.perf_counter() - start)
+            shares.append(spent / seconds[-1])
+        rows.append(
+            {
+                "dtype": dtype,
+                "threads": torch.get_num_threads(),
+                "context": context,
+                "policy": policy,
+                "prefill_seconds": round(statistics.median(seconds), 2),
+                "share_of_prefill": round(statistics.median(shares), 4),
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table."""
+    table = Table(*rows[0])
+    for entry in rows:
+        table.add_row(*(str(value) for value in entry.values()))
+    Console(stderr=True, width=160).print(table)
+
+
+def main() -> None:
+    """Measure and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--tokens", default="500,2000,8000", help="held per row on average")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--prefill", type=int, default=8000, help="tokens of the prompt; 0 leaves it out")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    found: dict[str, list[dict[str, Any]]] = {"layouts": [], "prefill": []}
+    for threads in (int(text) for text in arguments.threads.split(",")):
+        torch.set_num_threads(threads)
+        for dtype in arguments.dtypes.split(","):
+            for tokens in (int(text) for text in arguments.tokens.split(",")):
+                found["layouts"] += layouts(getattr(torch, dtype), tokens, arguments.turns)
+                show(found["layouts"][-len(LAYOUTS) :])
+    if arguments.prefill:
+        for dtype in arguments.dtypes.split(","):
+            found["prefill"] += prefill(dtype, arguments.prefill, 3)
+        show(found["prefill"])
+    if arguments.out:
+        arguments.out.write_text(json.dumps({**describe(), "command": " ".join(sys.argv), **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
