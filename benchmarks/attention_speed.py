@@ -2,9 +2,9 @@
 
     python benchmarks/attention_speed.py --out benchmarks/results/attention_speed.json
 
-Appends one token to every layer's rows and attends to them, as a decode step does. There are as many layers as in the model,
-so no row is in the processor's cache. ``layouts`` compares rows of one, two and three lengths that hold the same bytes.
-``prefill`` times the policies' part of a prompt: window scores, separator and compaction.
+Appends one token to every layer's rows and attends to them, as a decode step does; there are as many layers as in the
+model, so no row is in the processor's cache. ``layouts`` compares rows of one, two and three lengths that hold the same
+bytes. ``prefill`` times the policies' part of a prompt: window scores, separator and compaction.
 """
 
 from __future__ import annotations
