@@ -105,7 +105,7 @@ def _kernels() -> list[dict[str, Any]]:
 
 def _models() -> list[dict[str, Any]]:
     """Every alias, where it comes from, and whether it is on this machine."""
-    from thinkkv.sdk.models import ALIASES, cached_snapshot, packaged_file
+    from thinkkv.sdk.model_sources import ALIASES, cached_snapshot, packaged_file
 
     found = []
     for name, alias in ALIASES.items():

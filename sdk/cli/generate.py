@@ -86,10 +86,10 @@ def generate(
     text = _prompt(prompt, prompt_file)
     if model is None:
         model, profile, policy, ratio, budget = _newest(profile, policy, ratio, budget)
-    from thinkkv.sdk import models
+    from thinkkv.sdk import model_sources, models
 
-    source = models.resolve(model)
-    models.fetch(source)
+    source = model_sources.resolve(model)
+    model_sources.fetch(source)
     with progress(f"loading {source.label}"):
         network, tokenizer = models.load(model, dtype=dtype)
     from thinkkv.sdk.generate_text import generate_text

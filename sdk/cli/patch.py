@@ -75,12 +75,12 @@ def patch(
     start = time.monotonic()
     policy, score = _policy_and_score(policy, score)
     prompts = None if task is None else _task_prompts(task)
-    from thinkkv.sdk import models
+    from thinkkv.sdk import model_sources, models
     from thinkkv.sdk.outputs import finish, output_folder
 
-    source = models.resolve(model)
+    source = model_sources.resolve(model)
     folder = output_folder("patch", f"{Path(model).name}-{policy}", out)
-    models.fetch(source)
+    model_sources.fetch(source)
     with progress(f"loading {source.label}"):
         network, tokenizer = models.load(model, dtype=dtype)
     result = _run(network, tokenizer, policy, score, ratio, budget, prompts, folder)

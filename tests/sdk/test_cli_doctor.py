@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from thinkkv import sdk
 from thinkkv.sdk import cli
-from thinkkv.sdk.models import ALIASES
+from thinkkv.sdk.model_sources import ALIASES
 
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "trl", "onnx", "onnxruntime", "triton", "huggingface_hub")
 

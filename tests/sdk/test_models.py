@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from thinkkv import sdk
-from thinkkv.sdk.models import ALIASES, packaged_file, resolve
+from thinkkv.sdk.model_sources import ALIASES, packaged_file, resolve
 
 TEXT = "a quick brown fox"
 VOCABULARY = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "qu", "ro"]
@@ -226,7 +226,7 @@ def test_an_alias_goes_before_a_folder_of_that_name(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("thinkkv.sdk.models._hub_problem", lambda hub_id: "is on the hub")
+    monkeypatch.setattr("thinkkv.sdk.model_sources._hub_problem", lambda hub_id: "is on the hub")
     shutil.copytree(checkpoint, tmp_path / "qwen2-7b")
     shutil.copytree(checkpoint, tmp_path / "owner/name")
     with pytest.raises(sdk.ModelNotFoundError, match="is on the hub"):
@@ -442,7 +442,7 @@ def outside(code: str, home: Path, **variables: str) -> subprocess.CompletedProc
 RESOLVE = """
 import sys
 from thinkkv import sdk
-from thinkkv.sdk.models import resolve
+from thinkkv.sdk.model_sources import resolve
 try:
     resolve("{name}")
 except sdk.ThinkKVError as error:
@@ -480,7 +480,7 @@ def test_a_hub_that_does_not_answer_costs_less_than_ten_seconds(tmp_path: Path) 
 def test_a_name_lookup_that_hangs_does_not_hold_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: time.sleep(5))
-    monkeypatch.setattr("thinkkv.sdk.models.PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("thinkkv.sdk.model_sources.PROBE_SECONDS", 0.1)
     start = time.monotonic()
     with pytest.raises(sdk.ModelNotFoundError, match="cannot be reached"):
         resolve("me/tiny")
