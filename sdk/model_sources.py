@@ -1,6 +1,6 @@
 """Finding models: an alias, a hub id, a checkpoint folder or a GGUF file.
 
-``resolve`` says where a model is, or why it cannot be had, without importing torch; ``fetch`` downloads what is missing.
+``resolve`` says where a model is, or why it cannot be had, without importing torch; ``fetch`` downloads it if need be.
 Only safetensors and GGUF count, never a pickle.
 """
 
