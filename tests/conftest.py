@@ -13,6 +13,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, and transformers' models import it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.tiny_models import SEED
 
 torch.set_num_threads(1)
