@@ -42,7 +42,7 @@ def gather_sum(
     tl.store(p_partials + (i_head * splits + i_split) * DIM + o_dim, b_sum, mask=o_dim < DIM)
 
 
-def semantic_vectors(weights: torch.Tensor, values: torch.Tensor, *, top: int) -> torch.Tensor:
+def semantic_vector(weights: torch.Tensor, values: torch.Tensor, *, top: int) -> torch.Tensor:
     """Weighted sum of the values of each head's most attended tokens, not renormalised.
 
     Args:

@@ -11,7 +11,7 @@ from thinkkv.kernels import grouped
 from thinkkv.kernels.arena import Arena
 from thinkkv.kernels.dispatch import RowOperations, row_operations
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "reference", "triton"]
 
 
 @dataclass(frozen=True)

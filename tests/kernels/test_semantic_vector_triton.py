@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.conformance.closeness import assert_close
 from thinkkv.kernels.semantic_vector import reference
-from thinkkv.kernels.semantic_vector.triton import semantic_vectors
+from thinkkv.kernels.semantic_vector.triton import semantic_vector
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RMS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
@@ -64,20 +64,20 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_vectors_equal_float64(shape: Shape, dtype: torch.dtype) -> None:
     weights, values = shape.inputs(dtype)
-    found = semantic_vectors(weights, values, top=shape.top)
+    found = semantic_vector(weights, values, top=shape.top)
     assert found.dtype == torch.float32
     assert_close(found, exact(weights, values, shape.top), rms=RMS[dtype])
 
 
 def test_vectors_equal_the_reference() -> None:
     weights, values = Shape(tokens=63, top=16, dim=80, kv_heads=2, group=3).inputs()
-    expected = reference.semantic_vectors(weights, values, top=16)
-    assert_close(semantic_vectors(weights, values, top=16), expected, rms=1e-5)
+    expected = reference.semantic_vector(weights, values, top=16)
+    assert_close(semantic_vector(weights, values, top=16), expected, rms=1e-5)
 
 
 def test_the_same_bits_every_time() -> None:
     weights, values = Shape(tokens=257, top=200, dim=64, kv_heads=1, group=2).inputs(torch.bfloat16)
-    first, second = (semantic_vectors(weights, values, top=200) for _ in range(2))
+    first, second = (semantic_vector(weights, values, top=200) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -85,10 +85,10 @@ def test_strided_values_are_read_where_they_are() -> None:
     weights, values = Shape(tokens=40, top=30, dim=80, kv_heads=2, group=3).inputs()
     arena = torch.full((60, 2, 96), float("nan"), device=DEVICE)
     arena[:40, :, :80] = values.transpose(0, 1)
-    found = semantic_vectors(weights, arena[:40, :, :80].transpose(0, 1), top=30)
+    found = semantic_vector(weights, arena[:40, :, :80].transpose(0, 1), top=30)
     assert_close(found, exact(weights, values, 30), rms=1e-5)
     turned = values.transpose(1, 2).contiguous().transpose(1, 2)
-    assert_close(semantic_vectors(weights, turned, top=30), exact(weights, values, 30), rms=1e-5)
+    assert_close(semantic_vector(weights, turned, top=30), exact(weights, values, 30), rms=1e-5)
 
 
 def test_values_that_were_not_chosen_do_not_count() -> None:
@@ -96,7 +96,7 @@ def test_values_that_were_not_chosen_do_not_count() -> None:
     weights[0, 0] = 0.0  # idle lanes of a program point at token 0
     poisoned = values.clone()
     poisoned[0, weights[0].argsort()[:20]] = float("nan")
-    assert_close(semantic_vectors(weights, poisoned, top=20), exact(weights, values, 20), rms=1e-5)
+    assert_close(semantic_vector(weights, poisoned, top=20), exact(weights, values, 20), rms=1e-5)
 
 
 @pytest.mark.parametrize("strides", [(2**30, 64, 1), (64, 2**29, 1)], ids=["heads", "tokens"])
@@ -105,7 +105,7 @@ def test_offsets_beyond_32_bits(strides: tuple[int, int, int]) -> None:
     weights, values = Shape(tokens=5, top=4, dim=64, kv_heads=3, group=1).inputs(torch.float16)
     far = torch.empty(2**31 + 5 * 64, dtype=torch.float16, device=DEVICE).as_strided((3, 5, 64), strides)
     far.copy_(values)
-    assert_close(semantic_vectors(weights, far, top=4), exact(weights, values, 4), rms=5e-3)
+    assert_close(semantic_vector(weights, far, top=4), exact(weights, values, 4), rms=5e-3)
 
 
 @settings(deadline=None, max_examples=8)
@@ -121,4 +121,4 @@ def test_any_shape_equals_float64(
     tokens: int, top: int, dim: int, kv_heads: int, group: int, dtype: torch.dtype
 ) -> None:
     weights, values = Shape(tokens, top, dim, kv_heads, group).inputs(dtype)
-    assert_close(semantic_vectors(weights, values, top=top), exact(weights, values, top), rms=RMS[dtype])
+    assert_close(semantic_vector(weights, values, top=top), exact(weights, values, top), rms=RMS[dtype])

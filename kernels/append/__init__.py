@@ -1,0 +1,1 @@
+"""New tokens written behind the end of every cache row."""

@@ -1,0 +1,156 @@
+"""New tokens written behind the end of every cache row: K, V and lengths of a layer in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from thinkkv.kernels.variant import Variant
+
+BLOCK_TOKENS = 16
+"""Tokens that a program copies at once; a decode step has one."""
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def append_rows(
+    p_new_keys: tl.tensor,
+    p_new_values: tl.tensor,
+    p_keys: tl.tensor,
+    p_values: tl.tensor,
+    p_offsets: tl.tensor,
+    p_lengths: tl.tensor,
+    p_counts: tl.tensor | None,
+    p_ring_first: tl.tensor | None,
+    p_ring_size: tl.tensor | None,
+    stride_key_row: tl.tensor,
+    stride_key_token: tl.tensor,
+    stride_value_row: tl.tensor,
+    stride_value_token: tl.tensor,
+    n_tokens: tl.tensor,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+) -> None:
+    i_row = tl.program_id(0).to(tl.int64)
+    entry = tl.load(p_offsets + i_row)
+    length = tl.load(p_lengths + i_row)
+    count = n_tokens
+    if p_counts is not None:
+        count = tl.load(p_counts + i_row)
+    # All warps have read the length before one of them raises it.
+    tl.debug_barrier()
+
+    o_d = tl.arange(0, PADDED_DIM)
+    m_d = o_d < DIM
+    for begin in range(n_tokens - count, n_tokens, BLOCK_T):
+        o_token = begin + tl.arange(0, BLOCK_T)
+        m_token = o_token < n_tokens
+        o_slot = length + o_token - (n_tokens - count)
+        if p_ring_size is not None:
+            first, size = tl.load(p_ring_first + i_row), tl.load(p_ring_size + i_row)
+            m_ring = (size > 0) & (o_slot >= first)
+            # Of the tokens that share a slot only the newest is written: stores of one launch have no order.
+            m_token = m_token & ~(m_ring & (o_slot + size < length + count))
+            o_slot = tl.where(m_ring, first + (o_slot - first) % tl.maximum(size, 1), o_slot)
+        m_tile = m_token[:, None] & m_d[None, :]
+        o_token = o_token.to(tl.int64)
+        # [BLOCK_T, PADDED_DIM]
+        o_keys = i_row * stride_key_row + o_token * stride_key_token
+        b_keys = tl.load(p_new_keys + o_keys[:, None] + o_d[None, :], mask=m_tile)
+        # [BLOCK_T, PADDED_DIM]
+        o_values = i_row * stride_value_row + o_token * stride_value_token
+        b_values = tl.load(p_new_values + o_values[:, None] + o_d[None, :], mask=m_tile)
+        o_tile = (entry + o_slot)[:, None] * DIM + o_d[None, :]
+        tl.store(p_keys + o_tile, b_keys, mask=m_tile)
+        tl.store(p_values + o_tile, b_values, mask=m_tile)
+    tl.store(p_lengths + i_row, length + count)
+
+
+def append(
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    arena_keys: torch.Tensor,
+    arena_values: torch.Tensor,
+    offsets: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    counts: torch.Tensor | None = None,
+    ring_first: torch.Tensor | None = None,
+    ring_size: torch.Tensor | None = None,
+) -> None:
+    """Write the new tokens behind the rows' ends, in place, and add them to the rows' lengths.
+
+    A row may have a ring: its first ``ring_first`` entries stay, the ``ring_size`` behind them hold the most recent
+    tokens, the newest in the place of the oldest.
+
+    Args:
+        new_keys, new_values: [R, Q, D], any strides.
+        arena_keys, arena_values: [S, D] contiguous, a layer's storage, written.
+        offsets: [R] int64, a row's first arena entry.
+        lengths: [R] int32, tokens ever written to a row, raised; with a ring this may pass the row's entries.
+        counts: [R] int32, how many of the Q tokens are real, the last ones (left padding); None: all.
+        ring_first, ring_size: [R] int32, entries; size 0: the row has no ring. None: no row has.
+    """
+    rows, new, dim = new_keys.shape
+    if new_keys.numel() == 0:
+        return
+    if new_keys.stride(-1) != 1 or new_values.stride(-1) != 1:
+        new_keys, new_values = new_keys.contiguous(), new_values.contiguous()
+    block = 1 if new == 1 else BLOCK_TOKENS
+    append_rows[(rows,)](
+        new_keys,
+        new_values,
+        arena_keys,
+        arena_values,
+        offsets,
+        lengths,
+        counts,
+        ring_first,
+        ring_size,
+        *new_keys.stride()[:2],
+        *new_values.stride()[:2],
+        new,
+        DIM=dim,
+        PADDED_DIM=triton.next_power_of_2(dim),
+        BLOCK_T=block,
+        num_warps=warps(block),
+        num_stages=1,
+    )
+
+
+def warps(block: int) -> int:
+    """One warp moves one token, four move a block."""
+    return 1 if block == 1 else 4
+
+
+def variants() -> list[Variant]:
+    """One token and a chunk; plain rows, and left-padded rows with rings."""
+    return [
+        append_variant(dtype, dim, block, ring=ring)
+        for dtype, dim in (("fp16", 64), ("fp16", 80), ("bf16", 128), ("fp32", 128), ("fp16", 256))
+        for block in (1, BLOCK_TOKENS)
+        for ring in (False, True)
+    ]
+
+
+def append_variant(dtype: str, dim: int, block: int, *, ring: bool) -> Variant:
+    """One form of ``append_rows``; ``ring``: with rings and counts of real tokens."""
+    shape = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK_T": block}
+    optional = ("p_counts", "p_ring_first", "p_ring_size")
+    absent = {} if ring else dict.fromkeys(optional)
+    pointers = dict.fromkeys(("p_new_keys", "p_new_values", "p_keys", "p_values"), f"*{dtype}")
+    pointers |= {"p_offsets": "*i64", "p_lengths": "*i32"} | dict.fromkeys(optional, "*i32")
+    strides = dict.fromkeys(("stride_key_row", "stride_key_token", "stride_value_row", "stride_value_token"), "i32")
+    constexprs = absent | shape
+    return Variant(
+        operation="append",
+        name=f"append {dtype} D{dim} T{block}{' ring' * ring}",
+        kernel=append_rows,
+        signature=pointers | strides | {"n_tokens": "i32"} | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        divisible=frozenset(pointers | strides) - absent.keys(),
+        num_warps=warps(block),
+        num_stages=1,
+        streams=False,
+    )

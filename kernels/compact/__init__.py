@@ -1,0 +1,1 @@
+"""The kept tokens of a prompt gathered into the cache rows."""
