@@ -15,13 +15,22 @@ SMALL = TaskKV(sinks=4, recent=8, observation_window=8, beta=0.5)
 """Task-KV at the scale of the tiny models: two of four KV heads full at the bottom, one at the top."""
 
 
-def profile_of(model: Any, *, seed: int = 0) -> HeadProfile:
-    """A made-up distance profile of this model, in which every layer ranks its heads differently."""
+def profile_of(model: Any, *, score: str = "distance", best_layer: int | None = None) -> HeadProfile:
+    """A made-up profile of this model, in which every layer ranks its heads differently.
+
+    Args:
+        model: whose heads.
+        score: kind of the scores.
+        best_layer: where all heads score above those of the other layers.
+    """
     shapes = probe(architecture_of(model.config), model)
-    draw = torch.Generator().manual_seed(seed)
-    scores = tuple(tuple(torch.rand(shape.kv_heads, generator=draw).tolist()) for shape in shapes)
+    draw = torch.Generator().manual_seed(0)
+    scores = tuple(
+        tuple((torch.rand(shape.kv_heads, generator=draw) + (layer == best_layer)).tolist())
+        for layer, shape in enumerate(shapes)
+    )
     return HeadProfile(
-        score="distance",
+        score=score,
         scores=scores,
         heterogeneous=tuple((max(range(len(row)), key=row.__getitem__),) for row in scores),
         fingerprint=fingerprint_of(model, shapes),
