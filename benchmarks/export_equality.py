@@ -45,7 +45,8 @@ def main() -> None:
         label=arguments.model,
     )
     ids = _text(tokenizer)
-    prompts = [ids[start : start + length] for start, length in zip(range(0, 5000, 97), arguments.prompts)]
+    starts = range(0, 97 * len(arguments.prompts), 97)
+    prompts = [ids[start : start + length] for start, length in zip(starts, arguments.prompts, strict=True)]
     expected = [_torch(baked, prompt, arguments.new) for prompt in prompts]
     rows = []
     for quantize in arguments.quantize:

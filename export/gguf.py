@@ -88,6 +88,8 @@ def _write_geometry(writer: Any, baked: Baked, quantize: Quantize) -> None:
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] not in ("default", "llama3"):  # llama3's factors are a tensor, see _tensors
         raise ExportError(f"GGUF export does not know rotary scaling {rope['rope_type']!r} - use --format safetensors")
+    if config.model_type == "qwen2" and layer.query_heads * layer.head_dim != config.hidden_size:
+        raise ExportError("llama.cpp's Qwen2 wants heads that fill the hidden size - use --format safetensors")
     if any(each.window is not None for each in baked.block.layers):
         raise ExportError("GGUF export does not know sliding windows - use --format safetensors")
 

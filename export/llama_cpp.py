@@ -35,6 +35,7 @@ class LlamaCpp:
         options.n_parallel = 1
         options.warmup = False
         options.verbosity = -1
+        options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
         try:
             self._server = xllamacpp.Server(options)

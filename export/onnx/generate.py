@@ -11,6 +11,7 @@ from typing import Any
 
 from thinkkv.export.block import BLOCK_FILE
 from thinkkv.export.onnx.session import Session
+from thinkkv.export.onnx.tokenizer import BundleTokenizer
 from thinkkv.patches.errors import BundleError, ExportError
 
 GENAI_FILE = "genai_config.json"
@@ -70,8 +71,8 @@ def generate_bundle(
         ExportError: the prompt does not fit the model's context.
     """
     config, capacity = _settings(folder)
-    tokenizer = _tokenizer(folder)
-    ids = _encode(tokenizer, prompt, chat)
+    tokenizer = BundleTokenizer(folder)
+    ids = tokenizer.encode(prompt, chat=chat)
     if len(ids) + max_new_tokens > config["context_length"]:
         raise ExportError(
             f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the model's context of "
@@ -87,14 +88,14 @@ def generate_bundle(
         if not tokens:
             first = time.perf_counter()
         tokens.append(token)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        text = tokenizer.decode(tokens)
         if echo and not text.endswith("\ufffd"):  # half a character: wait for the rest
             echo(text[len(shown) :])
             shown = text
     end = time.perf_counter()
     held = conversation.bytes
     return BundleText(
-        text=tokenizer.decode(tokens, skip_special_tokens=True),
+        text=tokenizer.decode(tokens),
         prompt_tokens=len(ids),
         new_tokens=len(tokens),
         prefill_seconds=first - start,
@@ -116,21 +117,3 @@ def _settings(folder: Path) -> tuple[dict[str, Any], int]:
         )
     slots = runtime["slots"]
     return config, slots["sinks"] + slots["middle"] + slots["recent"] if slots else 0
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer  # without tensors it loads no torch
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    else:
-        ids = tokenizer(prompt).input_ids
-    if not ids:
-        raise ExportError("the prompt has no tokens - give it some text")
-    return ids
