@@ -53,7 +53,8 @@ class HeadGroup:
 
 
 # Decode writes one slot and attends to the slots as they lie: attention does not mind their order, and the keys carry
-# their positions. GroupQueryAttention without new keys attends to a cache that it does not write.
+# their positions. GroupQueryAttention without new keys attends to a cache that it does not write; the empty tensor for
+# them is made from the rotary table because that is constant, and so costs nothing at run time.
 _DECODE = """
   d_one = Constant <value_ints = [1]> ()
   d_rest = Constant <value_ints = [-1]> ()
@@ -66,7 +67,12 @@ _DECODE = """
   d_new_value = Reshape (value, d_shape)
   d_key = TensorScatter <axis = 2> (past_key, d_new_key, write_slot)
   d_value = TensorScatter <axis = 2> (past_value, d_new_value, write_slot)
-  d_nothing = Slice (key, d_zero, d_zero, d_one)
+  d_no_angles = Slice (cos_cache, d_zero, d_zero, d_zero)
+  d_half = Shape <start = 1, end = 2> (cos_cache)
+  d_dim = Add (d_half, d_half)
+  d_width = Mul (d_dim, d_heads)
+  d_nothing_shape = Concat <axis = 0> (d_one, d_zero, d_width)
+  d_nothing = Reshape <allowzero = 1> (d_no_angles, d_nothing_shape)
   d_output = com.microsoft.GroupQueryAttention
     <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale, do_rotary = 1>
     (query, d_nothing, d_nothing, d_key, d_value, last_slot, slots_in_use, cos_cache, sin_cache, position_ids)

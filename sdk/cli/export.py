@@ -191,6 +191,8 @@ def _how_to_run(result: dict[str, Any]) -> str:
     folder = result["folder"]
     if result["format"] == "safetensors":
         return f"from thinkkv import sdk; model, tokenizer = sdk.load({folder!r})"
+    if result["format"] == "gguf":
+        return f"llama-cli -m {folder}/model.gguf    (llama.cpp keeps the full cache in every head)"
     if result["provider"] != "cpu":
         return f"onnxruntime-genai with the {result['provider']} provider on {folder}"
     return f'thinkkv run {folder} --prompt "..."'
