@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime_genai
 import pytest
 import torch
@@ -201,3 +202,23 @@ def test_quantized_weights_give_the_dense_graphs_tokens_while_everything_fits(ma
 def test_sliding_windows_are_refused(make: Make) -> None:
     with pytest.raises(ExportError, match="sliding window"):
         make("mistral-window", 4, Full())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("provider", ["cuda", "webgpu"])
+def test_graphs_for_gpus_are_sound(make: Make, provider: str) -> None:
+    """Not run here: every value is made before it is used, the caches are float16 and sized by the window alone."""
+    bundle = make("llama3", 4, SMALL, 0.5, provider=provider)
+    model = onnx.load(bundle.folder / "model.onnx")
+    known = {value.name for value in (*model.graph.input, *model.graph.initializer)} | {""}
+    for node in model.graph.node:
+        assert set(node.input) <= known
+        assert not set(node.output) - {""} & known
+        known |= set(node.output)
+    assert {value.name for value in model.graph.output} <= known
+    caches = [value for value in model.graph.input if value.name.startswith("past_key_values.")]
+    assert {value.type.tensor_type.elem_type for value in caches} == {onnx.TensorProto.FLOAT16}
+    assert [node.op_type for node in model.graph.node].count("TaskKVAttention") == 3
+    settings = json.loads((bundle.folder / "genai_config.json").read_text())["model"]["decoder"]
+    assert settings["sliding_window"]["window_size"] == (bundle.slots.capacity if bundle.slots else None)
+    assert settings["session_options"]["provider_options"]
