@@ -31,3 +31,15 @@ class ModelNotFoundError(ThinkKVError):
 
 class MissingExtraError(ThinkKVError):
     """An optional part of thinkkv is not installed; the message names the extra."""
+
+
+class AdapterMismatchError(ThinkKVError):
+    """An adapter was trained on another model, or cannot be merged."""
+
+
+class ExportError(ThinkKVError):
+    """A model cannot be written in the format that was asked for."""
+
+
+class BundleError(ThinkKVError):
+    """An exported folder is damaged, incomplete, foreign or newer than this thinkkv."""

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
         UnsupportedGenerationError,
         UnsupportedModelError,
     )
+    from thinkkv.sdk.baked import handle_of, load
     from thinkkv.sdk.cache import HeterogeneousCache
     from thinkkv.sdk.calibration import calibrate
-    from thinkkv.sdk.models import load
     from thinkkv.sdk.patching import PatchHandle, apply
     from thinkkv.sdk.policies import POLICIES, Policy
     from thinkkv.sdk.profile import HeadProfile
@@ -31,7 +31,8 @@ _HOMES = {
     "apply": "thinkkv.sdk.patching",
     "PatchHandle": "thinkkv.sdk.patching",
     "calibrate": "thinkkv.sdk.calibration",
-    "load": "thinkkv.sdk.models",
+    "handle_of": "thinkkv.sdk.baked",
+    "load": "thinkkv.sdk.baked",
     "HeadProfile": "thinkkv.sdk.profile",
     "HeterogeneousCache": "thinkkv.sdk.cache",
     "Report": "thinkkv.sdk.report",
@@ -64,6 +65,7 @@ __all__ = [
     "UnsupportedModelError",
     "apply",
     "calibrate",
+    "handle_of",
     "load",
 ]
 

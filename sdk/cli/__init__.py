@@ -19,6 +19,8 @@ DEBUG = "thinkkv.debug"
 COMMANDS = {
     "patch": ("thinkkv.sdk.cli.patch:patch", "Calibrate, verify and save a head profile for a model."),
     "generate": ("thinkkv.sdk.cli.generate:generate", "Generate text with a heterogeneous cache."),
+    "export": ("thinkkv.sdk.cli.export:export", "Export a model with its head classes: safetensors, ONNX or GGUF."),
+    "run": ("thinkkv.sdk.cli.run:run", "Generate text from an ONNX bundle in plain ONNX Runtime."),
     "doctor": (
         "thinkkv.sdk.cli.doctor:doctor",
         "Show versions, devices, models, extras and what is supported.",

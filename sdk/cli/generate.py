@@ -83,7 +83,7 @@ def generate(
     The prompt comes from --prompt, --prompt-file or standard input.
     """
     check_budget(ratio, budget)
-    text = _prompt(prompt, prompt_file)
+    text = prompt_text(prompt, prompt_file)
     if model is None:
         model, profile, policy, ratio, budget = _newest(profile, policy, ratio, budget)
     from thinkkv.sdk import model_sources, models
@@ -120,7 +120,8 @@ def _echo(text: str) -> None:
     click.echo(text, nl=False)
 
 
-def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+def prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt of a command: given, from a file, or from standard input."""
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other - give one")
     if prompt is None and prompt_file is None:

@@ -1,0 +1,136 @@
+"""Does an exported bundle say what PyTorch says? Greedy tokens and perplexity over real text.
+
+    python benchmarks/export_equality.py --out benchmarks/results/export_equality.json
+
+A float32 bundle must give the greedy tokens of the PyTorch path with the same profile and keep rule. Quantized weights
+cannot: for them the rows say how often they predict the same token when fed the same text, and the perplexity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from environment import describe
+
+from thinkkv import sdk
+from thinkkv.export.bake import Baked, bake
+from thinkkv.export.onnx.session import Session
+from thinkkv.export.onnx.torch_path import greedy_tokens
+from thinkkv.export.onnx.write import slots_of, write_onnx
+from thinkkv.sdk.budget import Budget
+from thinkkv.sdk.calibration import builtin_prompts
+from thinkkv.sdk.policies import policy_named
+
+TEXT = Path(sdk.__path__[0]) / "prompts" / "demo.txt"
+SCORES = {"task-kv": "distance", "retrieval-kv": "retrieval"}
+
+
+def main() -> None:
+    """Export, compare, write rows."""
+    arguments = _arguments()
+    model, tokenizer = sdk.load(arguments.model, dtype="float32")
+    baked = bake(
+        model,
+        tokenizer,
+        policy=policy_named(arguments.policy),
+        budget=Budget(ratio=arguments.ratio),
+        profile=sdk.calibrate(model, tokenizer, score=SCORES[arguments.policy]),
+        label=arguments.model,
+    )
+    ids = _text(tokenizer)
+    starts = range(0, 97 * len(arguments.prompts), 97)
+    prompts = [ids[start : start + length] for start, length in zip(starts, arguments.prompts, strict=True)]
+    expected = [_torch(baked, prompt, arguments.new) for prompt in prompts]
+    rows = []
+    for quantize in arguments.quantize:
+        with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+            write_onnx(baked, Path(folder), quantize=quantize)
+            session = Session(Path(folder), threads=torch.get_num_threads())
+            for prompt, tokens in zip(prompts, expected, strict=True):
+                rows.append(_compare(baked, session, prompt, tokens) | {"quantize": quantize})
+                print(rows[-1], flush=True)
+            rows.append(_perplexity(baked, session, ids, arguments.scored) | {"quantize": quantize})
+            print(rows[-1], flush=True)
+    content = {"arguments": vars(arguments) | {"out": None, "scratch": None}, "rows": rows, **describe()}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _torch(baked: Baked, prompt: list[int], new: int) -> list[int]:
+    return greedy_tokens(baked.model, prompt, new, slots_of(baked.block), baked.block.layers, set())
+
+
+def _compare(baked: Baked, session: Session, prompt: list[int], expected: list[int]) -> dict[str, Any]:
+    """Greedy tokens on their own, and predictions when fed the expected ones."""
+    slots = slots_of(baked.block)
+    capacity = slots.capacity if slots else 0
+    length = len(prompt) + len(expected)
+    conversation = session.start(length, capacity)
+    found = list(conversation.greedy(prompt, len(expected), set()))
+    fed, following, hits = session.start(length, capacity), prompt, 0
+    for token in expected:
+        hits += int(fed.feed(following).argmax()) == token
+        following = [token]
+    equal = next((i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]), len(expected))
+    return {
+        "prompt_tokens": len(prompt),
+        "compared": len(expected),
+        "equal_until": equal,
+        "agreement": round(hits / len(expected), 4),
+        "cache_bytes": conversation.bytes,
+    }
+
+
+def _perplexity(baked: Baked, session: Session, ids: list[int], scored: int) -> dict[str, Any]:
+    """Of the text's last ``scored`` tokens after the rest as prompt: bundle, and PyTorch with the full cache."""
+    slots = slots_of(baked.block)
+    prompt, following = ids[-scored - 2500 : -scored], ids[-scored:]
+    conversation = session.start(len(prompt) + scored, slots.capacity if slots else 0)
+    losses, step = [], prompt
+    for token in following:
+        logits = conversation.feed(step).astype(np.float64)
+        losses.append(float(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[token]))
+        step = [token]
+    with torch.inference_mode():
+        all_ids = torch.tensor([prompt + following])
+        logits = baked.model(all_ids, use_cache=False, logits_to_keep=scored + 1).logits[0, :-1]
+    full = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(following)).item()
+    return {
+        "perplexity": round(math.exp(sum(losses) / scored), 3),
+        "perplexity_full_cache_float32": round(math.exp(full), 3),
+        "scored": scored,
+        "prompt_tokens": len(prompt),
+    }
+
+
+def _text(tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer("\n\n".join([*builtin_prompts(), TEXT.read_text(encoding="utf-8")])).input_ids
+    return ids
+
+
+def _arguments() -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--policy", choices=tuple(SCORES), default="retrieval-kv")
+    parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--prompts", type=numbers, default=[500, 1200, 2500, 4500, 6000], help="lengths in tokens")
+    parser.add_argument("--new", type=int, default=200)
+    parser.add_argument("--scored", type=int, default=512)
+    parser.add_argument("--quantize", type=lambda text: text.split(","), default=["none", "int8", "int4"])
+    parser.add_argument("--scratch", type=Path, help="folder for the bundles")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

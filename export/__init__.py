@@ -1,0 +1,1 @@
+"""Bake head classes and merged weights into files that stock runtimes load."""

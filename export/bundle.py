@@ -1,0 +1,195 @@
+"""An exported folder: written whole or not at all, and refused where it is not what was written.
+
+The manifest holds the SHA-256 of every other file. ``staged`` gives a temporary sibling to write into and renames it at
+the end; ``verify`` is called before anything of a folder is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from thinkkv.patches.errors import BundleError, ExportError
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA = 1
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class BundleFile:
+    """One file of a bundle.
+
+    Args:
+        path: relative, with forward slashes.
+        bytes: its length.
+        sha256: of its content, hexadecimal.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@contextmanager
+def staged(target: Path, *, needs: int, force: bool = False) -> Iterator[Path]:
+    """A new folder beside ``target`` that takes its place, with a manifest, when the block ends well.
+
+    Args:
+        target: where the bundle goes.
+        needs: bytes that it will take, checked against the free disk first.
+        force: replace what is there.
+
+    Raises:
+        ExportError: ``target`` exists, or there is no room.
+    """
+    check_target(target, needs=needs, force=force)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield temporary
+        write_manifest(temporary)
+        temporary.chmod(0o755)
+        _replace(temporary, target)
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {target} ({error.strerror or error}) - choose another folder with --out"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(target: Path, *, needs: int = 0, force: bool = False) -> None:
+    """Raise ExportError where a bundle cannot go to ``target``, before any work is done."""
+    if target.exists() and not force and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{target} exists - name another folder with --out, or replace it with --force")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+    except OSError as error:
+        raise ExportError(
+            f"cannot write to {target.parent} ({error.strerror}) - choose another folder with --out"
+        ) from error
+    if free < needs:
+        raise ExportError(
+            f"{target.parent} has {free / 1e9:.1f} GB free and the export needs about {needs / 1e9:.1f} - "
+            "free some, or choose another disk with --out"
+        )
+
+
+def write_manifest(folder: Path) -> list[BundleFile]:
+    """List every file of a folder with its hash, in ``manifest.json``."""
+    files = [_entry(folder, path) for path in sorted(_files(folder))]
+    content = {"schema": SCHEMA, "files": [vars(file) for file in files]}
+    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return files
+
+
+def read_manifest(folder: Path) -> list[BundleFile]:
+    """The files that a bundle says it has, without looking at them.
+
+    Raises:
+        BundleError: there is no manifest, or it is damaged, newer, or points out of the folder.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if int(content["schema"]) > SCHEMA:
+            raise BundleError(
+                f"{path} has schema {content['schema']}, this thinkkv reads up to {SCHEMA} - upgrade thinkkv"
+            )
+        files = [BundleFile(str(f["path"]), int(f["bytes"]), str(f["sha256"])) for f in content["files"]]
+    except FileNotFoundError:
+        raise BundleError(f"no {MANIFEST_FILE} in {folder} - name a folder that `thinkkv export` wrote") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} is damaged ({error}) - export again") from error
+    for file in files:
+        _refuse_outside(folder, file.path)
+    return files
+
+
+def verify(folder: Path) -> list[BundleFile]:
+    """Hold every file against the manifest.
+
+    Returns:
+        The files.
+
+    Raises:
+        BundleError: a file is changed, cut off, missing or not listed.
+    """
+    files = read_manifest(folder)
+    listed = {file.path for file in files}
+    extra = sorted(
+        str(_relative(folder, path)) for path in _files(folder) if str(_relative(folder, path)) not in listed
+    )
+    if extra:
+        raise BundleError(f"{folder} holds {extra[0]}, which its manifest does not list - remove it, or export again")
+    for file in files:
+        path = folder / file.path
+        if not path.is_file():
+            raise BundleError(f"{folder} lacks {file.path} - copy it again, or export again")
+        if path.stat().st_size != file.bytes:
+            raise BundleError(
+                f"{path} has {path.stat().st_size} bytes instead of {file.bytes} - copy it again, or export again"
+            )
+    for file in files:  # lengths first: reading gigabytes only to find a missing file would waste minutes
+        if _sha256(folder / file.path) != file.sha256:
+            raise BundleError(f"{folder / file.path} was changed since its export - copy it again, or export again")
+    return files
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A JSON file of a bundle."""
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Put ``temporary`` in the place of ``target``; what was there survives until the new folder stands."""
+    old = None
+    if target.exists():
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+        target.rename(old / target.name)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        if old is not None:
+            (old / target.name).rename(target)
+        raise
+    finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_outside(folder: Path, name: str) -> None:
+    pure = PurePosixPath(name)
+    outside = not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name
+    # A link inside the folder may point out of it as well.
+    if outside or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"the manifest of {folder} names {name!r}, which leaves the folder - do not use this bundle")
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    return [path for path in found if path != folder / MANIFEST_FILE]
+
+
+def _relative(folder: Path, path: Path) -> PurePosixPath:
+    return PurePosixPath(path.relative_to(folder).as_posix())
+
+
+def _entry(folder: Path, path: Path) -> BundleFile:
+    return BundleFile(str(_relative(folder, path)), path.stat().st_size, _sha256(path))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_BLOCK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,198 @@
+"""Write a baked model as one GGUF file that stock llama.cpp loads; there every head keeps the full cache.
+
+The head classes stand in ``thinkkv.*`` keys as JSON text, for an engine that knows what to do with them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thinkkv.export.bake import Baked
+from thinkkv.export.onnx.builder import Quantize
+from thinkkv.patches.errors import ExportError, MissingExtraError
+
+FAMILIES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+"""``model_type`` to llama.cpp's architecture."""
+
+PRETOKENIZERS = (("\\p{N}{1,3}", "llama-bpe"), ("(?i:'s|'t", "qwen2"), ('"individual_digits": true', "smollm"))
+"""What tells the splitting rules of byte-level tokenizers apart, and llama.cpp's name for each; else ``gpt-2``."""
+
+
+def write_gguf(baked: Baked, path: Path, *, quantize: Quantize = "none") -> None:
+    """Weights, tokenizer, chat template and ``thinkkv.*`` keys.
+
+    Args:
+        baked: what ``bake`` returned.
+        path: of the file.
+        quantize: ``none`` writes float16, ``int8`` q8_0, ``int4`` q4_0.
+
+    Raises:
+        ExportError: llama.cpp has no such architecture, rotary scaling or tokenizer.
+        MissingExtraError: the package gguf is not installed.
+    """
+    if find_spec("gguf") is None:
+        raise MissingExtraError("GGUF export needs gguf, part of the export extra - pip install 'thinkkv[export]'")
+    import gguf
+
+    config = baked.model.config
+    if config.model_type not in FAMILIES:
+        raise ExportError(
+            f"GGUF export knows {', '.join(FAMILIES)}, not {config.model_type} - use --format safetensors"
+        )
+    architecture = gguf.MODEL_ARCH[FAMILIES[config.model_type]]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    _write_geometry(writer, baked, quantize)
+    _write_tokenizer(writer, baked)
+    _write_classes(writer, baked)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    interleaved = architecture == gguf.MODEL_ARCH.LLAMA
+    for name, tensor in _tensors(baked.model, interleaved).items():
+        target = (
+            "rope_freqs.weight" if name == "rope_freqs" else names.get_name(name, try_suffixes=(".weight", ".bias"))
+        )
+        if target is None:
+            raise ExportError(f"llama.cpp has no place for {name} - use --format safetensors")
+        _write_tensor(writer, target, tensor, quantize)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_geometry(writer: Any, baked: Baked, quantize: Quantize) -> None:
+    import gguf
+
+    config, layer = baked.model.config, baked.block.layers[0]
+    file_types = {"none": "MOSTLY_F16", "int8": "MOSTLY_Q8_0", "int4": "MOSTLY_Q4_0"}
+    writer.add_name(baked.block.source["label"] or config.model_type)
+    writer.add_file_type(gguf.LlamaFileType[file_types[quantize]])
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(layer.query_heads)
+    writer.add_head_count_kv(layer.kv_heads)
+    writer.add_key_length(layer.head_dim)
+    writer.add_value_length(layer.head_dim)
+    writer.add_rope_dimension_count(layer.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    rope: Mapping[str, Any] = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] not in ("default", "llama3"):  # llama3's factors are a tensor, see _tensors
+        raise ExportError(f"GGUF export does not know rotary scaling {rope['rope_type']!r} - use --format safetensors")
+    if config.model_type == "qwen2" and layer.query_heads * layer.head_dim != config.hidden_size:
+        raise ExportError("llama.cpp's Qwen2 wants heads that fill the hidden size - use --format safetensors")
+    if any(each.window is not None for each in baked.block.layers):
+        raise ExportError("GGUF export does not know sliding windows - use --format safetensors")
+
+
+def _tensors(model: Any, interleaved: bool) -> dict[str, torch.Tensor]:
+    """Weights by Hugging Face name, in llama.cpp's order of the rotary halves."""
+    config = model.config
+    tensors = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    if interleaved:
+        counts = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for name, tensor in tensors.items():
+            heads = next((count for part, count in counts.items() if f".{part}." in name), None)
+            if heads is not None:
+                # Halves (re re .. im im) become pairs (re im re im ..) inside each head.
+                tensors[name] = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    if config.rope_parameters["rope_type"] == "llama3":
+        frequencies = model.model.rotary_emb.inv_freq.float().cpu()
+        dim, theta = 2 * len(frequencies), config.rope_parameters["rope_theta"]
+        unscaled = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        tensors["rope_freqs"] = unscaled / frequencies
+    return tensors
+
+
+def _write_tensor(writer: Any, name: str, tensor: torch.Tensor, quantize: Quantize) -> None:
+    import gguf
+
+    array = tensor.detach().float().cpu().contiguous().numpy()
+    kinds = gguf.GGMLQuantizationType
+    kind = {"none": kinds.F16, "int8": kinds.Q8_0, "int4": kinds.Q4_0}[quantize]
+    if quantize == "int4" and name in ("token_embd.weight", "output.weight"):
+        kind = kinds.Q8_0  # the vocabulary suffers most from four bits
+    if array.ndim == 1:
+        kind = kinds.F32
+    elif array.shape[-1] % 32:
+        kind = kinds.F16  # no whole block of 32
+    writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_shape=None, raw_dtype=kind)
+
+
+def _write_classes(writer: Any, baked: Baked) -> None:
+    block = baked.block
+    budget = {"ratio": block.ratio, "tokens": block.budget, "context": block.context, "kept": block.kept}
+    writer.add_string("thinkkv.version", block.version)
+    writer.add_string("thinkkv.policy", json.dumps({"name": block.policy, **block.options}))
+    writer.add_string("thinkkv.heterogeneous", json.dumps(block.heterogeneous))
+    writer.add_string("thinkkv.budget", json.dumps(budget))
+
+
+def _write_tokenizer(writer: Any, baked: Baked) -> None:
+    """The vocabulary as ``tokenizer.json`` has it, special tokens and the chat template."""
+    import gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        baked.tokenizer.save_pretrained(folder)
+        path = Path(folder, "tokenizer.json")
+        if not path.is_file():
+            raise ExportError("the tokenizer has no fast form (tokenizer.json) - convert it with transformers first")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model = content["model"]
+        if model["type"] != "BPE":
+            raise ExportError(f"GGUF export knows BPE tokenizers, not {model['type']} - use --format safetensors")
+        size = baked.model.config.vocab_size
+        special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=size)
+        tokens, types = _vocabulary(content, size)
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        if model.get("byte_fallback"):
+            writer.add_tokenizer_model("llama")
+            writer.add_token_scores([-float(rank) for rank in range(size)])  # earlier merges have smaller ids
+        else:
+            writer.add_tokenizer_model("gpt2")
+            writer.add_tokenizer_pre(_pretokenizer(content))
+        special.chat_template = special.chat_template or baked.tokenizer.chat_template
+        special.add_to_gguf(writer, quiet=True)
+    empty = baked.tokenizer("", add_special_tokens=True).input_ids
+    if "bos" not in special.add_special_token:
+        writer.add_add_bos_token(bool(empty) and empty[0] == baked.tokenizer.bos_token_id)
+
+
+def _vocabulary(content: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Tokens and their types by id; ids of the embedding that no token has are marked unused."""
+    from gguf import TokenType
+
+    by_id = {index: token for token, index in content["model"]["vocab"].items()}
+    types = {index: _plain_type(token, content) for index, token in by_id.items()}
+    for added in content.get("added_tokens", ()):
+        by_id[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
+    return tokens, [types.get(index, TokenType.UNUSED) for index in range(size)]
+
+
+def _plain_type(token: str, content: Mapping[str, Any]) -> int:
+    from gguf import TokenType
+
+    is_byte = content["model"].get("byte_fallback") and len(token) == 6 and token.startswith("<0x")
+    return int(TokenType.BYTE if is_byte else TokenType.NORMAL)
+
+
+def _pretokenizer(content: Mapping[str, Any]) -> str:
+    """llama.cpp's name of how the tokenizer splits text."""
+    rules = json.dumps(content["pre_tokenizer"]).replace("\\\\", "\\")
+    if "ByteLevel" not in rules:
+        raise ExportError("GGUF export knows byte-level and byte-fallback tokenizers only - use --format safetensors")
+    return next((name for sign, name in PRETOKENIZERS if sign in rules), "gpt-2")

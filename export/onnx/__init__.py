@@ -1,0 +1,1 @@
+"""ONNX bundles for onnxruntime-genai and plain onnxruntime, with a heterogeneous cache of fixed size."""

@@ -1,0 +1,66 @@
+"""Run onnxruntime-genai's own model builder: the graph of the dense model, in any precision that it knows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from thinkkv.patches.errors import ExportError, MissingExtraError
+
+Quantize = Literal["none", "int8", "int4"]
+Provider = Literal["cpu", "cuda", "webgpu"]
+
+EXTRA_OPTIONS = (
+    "prune_lm_head=true",  # a prompt's logits but the last would take gigabytes: tokens x vocabulary
+    "fuse_qk_norm_gqa=false",  # normalised inside the attention node, queries could not be given to another one
+)
+
+
+def check_installed() -> None:
+    """Raise MissingExtraError unless the ``export`` extra is there."""
+    missing = [name for name in ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai") if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"ONNX export needs {', '.join(missing)}, part of the export extra - pip install 'thinkkv[export]'"
+        )
+
+
+def build_dense(checkpoint: Path, target: Path, *, quantize: Quantize = "none", provider: Provider = "cpu") -> None:
+    """Build the dense model's bundle: graph, data file, ``genai_config.json``, tokenizer.
+
+    Args:
+        checkpoint: a Hugging Face folder.
+        target: where the files go.
+        quantize: weight-only quantization.
+        provider: execution provider that the graph is for.
+
+    Raises:
+        ExportError: the builder failed.
+    """
+    full = "fp32" if provider == "cpu" else "fp16"
+    precision = full if quantize == "none" else quantize
+    # In a process of its own: the builder prints, changes sys.path and leaves the weights in memory.
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "onnxruntime_genai.models.builder"),
+            *("--input", str(checkpoint), "--output", str(target)),
+            *("--precision", precision, "--execution_provider", provider),
+            *("--cache_dir", str(target / ".cache"), "--extra_options", *EXTRA_OPTIONS),
+        ],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+        raise ExportError(
+            f"onnxruntime-genai's model builder failed ({last.strip()[:200]}) - check that it supports this "
+            "architecture, or use --format safetensors"
+        )
+    shutil.rmtree(target / ".cache", ignore_errors=True)

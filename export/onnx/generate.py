@@ -1,0 +1,119 @@
+"""One prompt to one text in ONNX Runtime: the job behind ``thinkkv run``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thinkkv.export.block import BLOCK_FILE
+from thinkkv.export.onnx.session import Session
+from thinkkv.export.onnx.tokenizer import BundleTokenizer
+from thinkkv.patches.errors import BundleError, ExportError
+
+GENAI_FILE = "genai_config.json"
+
+
+@dataclass(frozen=True)
+class BundleText:
+    """A finished generation.
+
+    Args:
+        text: the new text.
+        prompt_tokens, new_tokens: counts.
+        prefill_seconds: until the first new token.
+        decode_seconds: for the others.
+        bytes: of the caches at the end.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    bytes: dict[str, int]
+
+    def as_json(self) -> dict[str, Any]:
+        """As the command prints it."""
+        return {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "seconds": {"prefill": round(self.prefill_seconds, 4), "decode": round(self.decode_seconds, 4)},
+            "bytes": self.bytes,
+        }
+
+
+def generate_bundle(
+    folder: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 200,
+    chat: bool = True,
+    threads: int | None = None,
+    echo: Callable[[str], None] | None = None,
+) -> BundleText:
+    """Greedy text of a verified bundle.
+
+    Args:
+        folder: of the bundle.
+        prompt: the text; as a user message where ``chat`` is set and the tokenizer has a template.
+        max_new_tokens: at most so many.
+        chat: whether to apply the chat template.
+        threads: of ONNX Runtime; None leaves the choice to it.
+        echo: receives the text piece by piece.
+
+    Raises:
+        BundleError: the folder holds no runnable bundle.
+        ExportError: the prompt does not fit the model's context.
+    """
+    config, capacity = _settings(folder)
+    tokenizer = BundleTokenizer(folder)
+    ids = tokenizer.encode(prompt, chat=chat)
+    if len(ids) + max_new_tokens > config["context_length"]:
+        raise ExportError(
+            f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the model's context of "
+            f"{config['context_length']} - shorten the prompt or lower --max-new-tokens"
+        )
+    eos = config["eos_token_id"]
+    stop = {eos} if isinstance(eos, int) else set(eos)
+    conversation = Session(folder, threads=threads).start(len(ids) + max_new_tokens, capacity)
+    tokens: list[int] = []
+    shown = ""
+    start = first = time.perf_counter()
+    for token in conversation.greedy(ids, max_new_tokens, stop):
+        if not tokens:
+            first = time.perf_counter()
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if echo and not text.endswith("\ufffd"):  # half a character: wait for the rest
+            echo(text[len(shown) :])
+            shown = text
+    end = time.perf_counter()
+    held = conversation.bytes
+    return BundleText(
+        text=tokenizer.decode(tokens),
+        prompt_tokens=len(ids),
+        new_tokens=len(tokens),
+        prefill_seconds=first - start,
+        decode_seconds=end - first,
+        bytes={"full": held["full"], "promised": held["used"], "planned": held["used"], **held},
+    )
+
+
+def _settings(folder: Path) -> tuple[dict[str, Any], int]:
+    """The model's part of ``genai_config.json``, and the capacity of the bounded caches."""
+    try:
+        config = json.loads((folder / GENAI_FILE).read_text(encoding="utf-8"))["model"]
+        runtime = json.loads((folder / BLOCK_FILE).read_text(encoding="utf-8"))["onnx"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BundleError(f"{folder} is no ONNX bundle ({error}) - export one with `thinkkv export`") from error
+    if runtime["provider"] != "cpu":
+        raise BundleError(
+            f"{folder} was built for {runtime['provider']} - run it with onnxruntime-genai there, or export for the CPU"
+        )
+    slots = runtime["slots"]
+    return config, slots["sinks"] + slots["middle"] + slots["recent"] if slots else 0

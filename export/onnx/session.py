@@ -1,0 +1,132 @@
+"""Run a bundle in plain ONNX Runtime, without PyTorch: caches stay in place, bound as input and output at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thinkkv.patches.errors import ExportError, MissingExtraError
+
+GRAPH_FILE = "model.onnx"
+
+
+class Session:
+    """One bundle, loaded.
+
+    Args:
+        folder: with ``model.onnx``; verified by the caller.
+        threads: of ONNX Runtime; None leaves the choice to it.
+    """
+
+    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise MissingExtraError(
+                "running a bundle needs onnxruntime, part of the export extra - pip install 'thinkkv[export]'"
+            ) from None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime has one class per status, none of them public
+            reason = str(error).splitlines()[0][:200]
+            raise ExportError(f"ONNX Runtime cannot load {folder} ({reason}) - check its version") from error
+        self._runtime = onnxruntime
+        self._caches = [value for value in self._session.get_inputs() if value.name.startswith("past_key_values.")]
+
+    def start(self, max_length: int, slots: int) -> Conversation:
+        """An empty conversation.
+
+        Args:
+            max_length: tokens that it may grow to.
+            slots: capacity of the bounded caches.
+        """
+        return Conversation(self._session, self._runtime, self._caches, max_length, slots)
+
+
+class Conversation:
+    """The caches of one sequence, and what was fed to them.
+
+    Attributes:
+        seen: tokens in the caches' past, evicted ones too.
+    """
+
+    def __init__(self, session: Any, runtime: Any, caches: Sequence[Any], max_length: int, slots: int) -> None:
+        self._session, self._max_length = session, max_length
+        self.seen = 0
+        self._binding = session.io_binding()
+        self._binding.bind_output("logits")
+        self._buffers: list[tuple[Any, bool]] = []
+        for value in caches:
+            _, heads, length, dim = value.shape
+            bounded = length == "slots"
+            shape = (1, heads, min(slots, max_length) if bounded else max_length, dim)
+            dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+            buffer = runtime.OrtValue.ortvalue_from_shape_and_type(shape, dtype)
+            self._buffers.append((buffer, bounded))
+            self._binding.bind_ortvalue_input(value.name, buffer)
+            # The same memory as output: the graph writes the new token into it and copies nothing.
+            self._binding.bind_ortvalue_output(value.name.replace("past_key_values", "present"), buffer)
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Cache bytes: if every head kept every token, in use, and allocated."""
+        found = {"full": 0, "used": 0, "physical": 0}
+        row_bytes = {True: 0, False: 0}
+        for buffer, bounded in self._buffers:
+            _, heads, length, dim = buffer.shape()
+            size = 2 if buffer.data_type() == "tensor(float16)" else 4
+            row_bytes[bounded] += heads * dim * size
+            found["used"] += heads * dim * size * min(self.seen, length)
+            found["physical"] += heads * dim * size * length
+        found["full"] = sum(row_bytes.values()) * self.seen
+        return found
+
+    def feed(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        """Append tokens to the sequence.
+
+        Args:
+            ids: a prompt, a further turn, or one token.
+
+        Returns:
+            [vocabulary] float32: logits after the last of them.
+
+        Raises:
+            ExportError: they do not fit ``max_length``.
+        """
+        if self.seen + len(ids) > self._max_length:
+            raise ExportError(
+                f"{self.seen + len(ids)} tokens do not fit the conversation's {self._max_length} - shorten the prompt "
+                "or lower --max-new-tokens"
+            )
+        self.seen += len(ids)
+        inputs = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, self.seen), np.int64)}
+        for name, array in inputs.items():
+            self._binding.bind_cpu_input(name, array)
+        self._session.run_with_iobinding(self._binding)
+        logits = self._binding.get_outputs()[0].numpy()  # in the order in which they were bound
+        return np.asarray(logits[0, -1], dtype=np.float32)
+
+    def greedy(self, ids: Sequence[int], new: int, stop: set[int]) -> Iterator[int]:
+        """Feed a prompt and yield the most probable tokens one by one, the one that stops included.
+
+        Args:
+            ids: the prompt, or a further turn, which starts with the token yielded last: that one was not fed yet.
+            new: tokens at most.
+            stop: token ids that end the text.
+        """
+        following = list(ids)
+        for _ in range(new):
+            token = int(self.feed(following).argmax())
+            yield token
+            if token in stop:
+                return
+            following = [token]

@@ -1,0 +1,82 @@
+"""Write a baked model as an ONNX bundle: the stock builder's graph, rewritten."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from thinkkv.export.bake import Baked
+from thinkkv.export.block import BLOCK_FILE, Block
+from thinkkv.export.bundle import write_json
+from thinkkv.export.onnx.builder import Provider, Quantize, build_dense, check_installed
+from thinkkv.export.onnx.slots import GENAI_SLACK, Slots
+from thinkkv.export.safetensors import write_checkpoint
+from thinkkv.patches.errors import ExportError
+
+GRAPH_FILE = "model.onnx"
+GENAI_FILE = "genai_config.json"
+
+
+def write_onnx(baked: Baked, folder: Path, *, quantize: Quantize = "none", provider: Provider = "cpu") -> None:
+    """Graph, data file, ``genai_config.json``, tokenizer and ``thinkkv.json``.
+
+    Args:
+        baked: what ``bake`` returned.
+        folder: an existing folder.
+        quantize: weight-only quantization by the builder.
+        provider: execution provider that the graph is for; other than ``cpu`` it is built and checked, not run.
+
+    Raises:
+        ExportError: the model cannot be expressed, or the builder failed.
+        MissingExtraError: the ``export`` extra is not installed.
+    """
+    check_installed()
+    _refuse_windows(baked.block)
+    slots = slots_of(baked.block)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.checkpoint.") as checkpoint:
+        write_checkpoint(baked, Path(checkpoint))
+        build_dense(Path(checkpoint), folder, quantize=quantize, provider=provider)
+    bounded = _rewrite_graph(folder / GRAPH_FILE, baked.block, slots)
+    _adapt_genai(folder / GENAI_FILE, slots, bounded, GENAI_SLACK if provider == "cpu" else 0)
+    runtime = {"quantize": quantize, "provider": provider, "slots": vars(slots) if slots else None}
+    write_json(folder / BLOCK_FILE, baked.block.as_json() | {"onnx": runtime})
+
+
+def slots_of(block: Block) -> Slots | None:
+    """What the bounded heads of a bundle keep; None where every head is full."""
+    return Slots.of(block) if any(layer.full < layer.kv_heads for layer in block.layers) else None
+
+
+def _rewrite_graph(path: Path, block: Block, slots: Slots | None) -> list[int]:
+    import onnx  # part of the export extra
+
+    from thinkkv.export.onnx.rewrite import rewrite
+
+    model = onnx.load(path, load_external_data=False)  # the weights stay where they are, in the data file
+    caches = rewrite(model, block.layers, slots)
+    onnx.save(model, path)
+    return caches.bounded_numbers
+
+
+def _adapt_genai(path: Path, slots: Slots | None, bounded: list[int], slack: int) -> None:
+    """Tell onnxruntime-genai which caches are bounded: it sizes them at the window plus its slack."""
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if slots is not None:
+        config["model"]["decoder"]["sliding_window"] = {
+            "window_size": slots.capacity - slack,
+            "slide_key_value_cache": False,
+            "slide_inputs": False,
+            "layers": bounded,
+        }
+    write_json(path, config)
+
+
+def _refuse_windows(block: Block) -> None:
+    windowed = [layer.window for layer in block.layers if layer.window is not None]
+    if windowed:
+        raise ExportError(
+            f"{len(windowed)} of {len(block.layers)} layers have a sliding window of {windowed[0]} tokens, which ONNX "
+            "bundles do not have yet - use --format safetensors"
+        )

@@ -1,0 +1,132 @@
+"""``thinkkv export`` and ``thinkkv run``, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tests.export.baking import profile_of
+from tests.tiny_models import new_model
+from thinkkv.export.bundle import verify
+from thinkkv.sdk.cli import main
+from thinkkv.sdk.outputs import finish
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, char_tokenizer: Any) -> Path:
+    """A tiny checkpoint with a profile beside it."""
+    folder = tmp_path_factory.mktemp("source") / "tiny"
+    model = new_model("llama", 4)
+    model.config.bos_token_id, model.config.eos_token_id = 1, 96
+    model.generation_config.eos_token_id = 96
+    model.save_pretrained(folder)
+    char_tokenizer.save_pretrained(folder)
+    profile_of(model).save(folder.parent / "profile")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
+    """What the bare command exports after a patch in the same folder."""
+    work = checkpoint.parent
+    (work / "thinkkv-out" / "patch-tiny").mkdir(parents=True)
+    patched = {"model": str(checkpoint), "policy": "task-kv", "ratio": 0.4, "budget": None}
+    finish(work / "thinkkv-out" / "patch-tiny", patched | {"profile": str(work / "profile")})
+    before = Path.cwd()
+    os.chdir(work)
+    try:
+        done = call("export", "--format", "onnx", "--json")
+        return work / json.loads(done.stdout)["folder"], json.loads(done.stdout)
+    finally:
+        os.chdir(before)
+
+
+def call(*arguments: str, code: int = 0) -> Any:
+    done = CliRunner().invoke(main, list(arguments))
+    assert done.exit_code == code, done.output
+    return done
+
+
+def test_the_bare_command_exports_the_newest_patch(bundle: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = bundle
+    assert result["format"] == "onnx"
+    assert result["verified"]["greedy_tokens_equal"] is True
+    assert result["verified"]["compared"] >= 32
+    assert {file["path"]: file["sha256"] for file in result["files"]} == {
+        file.path: file.sha256 for file in verify(folder)
+    }
+    assert {"model.onnx", "model.onnx.data", "genai_config.json", "thinkkv.json"} <= {
+        file["path"] for file in result["files"]
+    }
+
+
+def test_run_answers_without_torch(bundle: tuple[Path, dict[str, Any]]) -> None:
+    code = (
+        "import sys; from thinkkv.sdk.cli import main\n"
+        f"try: main(['run', {str(bundle[0])!r}, '--prompt', 'what is it?', '--max-new-tokens', '5', '--json'])\n"
+        "except SystemExit as done: assert not done.code, done.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["prompt_tokens"] == 11
+    assert 1 <= result["new_tokens"] <= 5
+    assert set(result["seconds"]) == {"prefill", "decode"}
+    assert result["bytes"]["used"] <= result["bytes"]["full"]
+
+
+def test_a_changed_bundle_is_refused_before_it_is_loaded(bundle: tuple[Path, dict[str, Any]]) -> None:
+    path = bundle[0] / "genai_config.json"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"4", b"5", 1))
+    try:
+        done = call("run", str(bundle[0]), "--prompt", "x", code=1)
+    finally:
+        path.write_bytes(content)
+    assert "was changed since its export" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_is_overwritten(bundle: tuple[Path, dict[str, Any]], checkpoint: Path) -> None:
+    done = call("export", "--model", str(checkpoint), "--format", "gguf", "--out", str(bundle[0]), code=1)
+    assert "--force" in done.stderr
+    assert verify(bundle[0])
+
+
+def test_nothing_to_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "thinkkv patch" in call("export", "--format", "onnx", code=1).stderr
+
+
+def test_a_checkpoint_is_exported_and_verified(checkpoint: Path, tmp_path: Path) -> None:
+    out, profile = tmp_path / "out", checkpoint.parent / "profile"
+    options = ["--profile", str(profile), "--budget", "300", "--out", str(out), "--json"]
+    done = call("export", "--model", str(checkpoint), "--format", "safetensors", *options)
+    assert json.loads(done.stdout)["verified"]["greedy_tokens_equal"] is True
+    assert "no ONNX bundle" in call("run", str(out), "--prompt", "x", code=1).stderr
+
+
+def test_a_missing_extra_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from thinkkv.export.onnx import builder
+
+    monkeypatch.setattr(builder, "find_spec", lambda name: None)
+    options = ["--format", "onnx", "--out", str(tmp_path / "out")]
+    done = call("export", "--model", str(checkpoint), *options, code=1)
+    assert "pip install 'thinkkv[export]'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_helping_and_importing_load_no_onnx() -> None:
+    code = (
+        "import sys, thinkkv.sdk; from thinkkv.sdk.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'onnx', 'onnxruntime', 'gguf', 'torch'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
