@@ -160,13 +160,13 @@ def semantic_vector_cases(setup: Setup) -> Iterator[Case]:
     heads = model.kv_heads * model.group
     weights = torch.randn(heads, setup.context, device=setup.device).softmax(dim=1)
     values = setup.random(model.kv_heads, setup.context, model.dim)
-    compute = function("semantic_vector", "semantic_vectors")
+    compute = function("semantic_vector", "semantic_vector")
     yield Case(
         "semantic_vector",
         f"{setup.label} t{TOP}",
         run=lambda: compute(weights, values, top=TOP),
-        expected=lambda: reference.semantic_vectors(weights, values, top=TOP),
-        traffic=bandwidth.semantic_vectors(
+        expected=lambda: reference.semantic_vector(weights, values, top=TOP),
+        traffic=bandwidth.semantic_vector(
             heads=heads, tokens=setup.context, dim=model.dim, itemsize=setup.dtype.itemsize, top=TOP
         ),
     )

@@ -81,7 +81,7 @@ def window_scores(
     )
 
 
-def semantic_vectors(
+def semantic_vector(
     *, heads: int, tokens: int, dim: int, itemsize: int, top: int = 256, tile_bytes: int = 16384
 ) -> Traffic:
     """One layer's topk by torch, one gathering kernel and torch's sum over S = ceil(t / BLOCK_T) partial sums.
@@ -196,7 +196,7 @@ def prompt_work(*, lengths: Sequence[Sequence[int]], tokens: int, group: int, di
     """
     return total(
         window_scores(kv_heads=len(rows), group=group, tokens=tokens, dim=dim, itemsize=itemsize)
-        + semantic_vectors(heads=len(rows) * group, tokens=tokens, dim=dim, itemsize=itemsize)
+        + semantic_vector(heads=len(rows) * group, tokens=tokens, dim=dim, itemsize=itemsize)
         + compact(kept=rows, dim=dim, itemsize=itemsize)
         for rows in lengths
     )

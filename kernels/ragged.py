@@ -21,28 +21,22 @@ def compact(
     """As ``thinkkv.kernels.grouped.compact``."""
     counts = torch.tensor([0, *(len(entries) for entries in kept)], device=keys.device)
     longest = max(map(len, kept))
-    kernel(
-        keys, values, torch.cat(list(kept)), counts.cumsum(0), arena.keys, arena.values, arena.offsets, longest=longest
-    )
+    chosen = torch.cat(list(kept))
+    with torch.cuda.device_of(keys):  # where a model is spread over several GPUs, Triton launches on the current one
+        kernel(keys, values, chosen, counts.cumsum(0), arena.keys, arena.values, arena.offsets, longest=longest)
 
 
 def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor, *, kernel: Kernel) -> None:
     """As ``thinkkv.kernels.grouped.append``, and ``arena.lengths`` counts the entries in the same launch."""
-    kernel(keys, values, arena.keys, arena.values, arena.offsets, arena.lengths)
+    with torch.cuda.device_of(keys):
+        kernel(keys, values, arena.keys, arena.values, arena.offsets, arena.lengths)
 
 
 def ragged_decode(
     arena: Arena, query: torch.Tensor, *, scale: float, starts: torch.Tensor | None = None, kernel: Kernel
 ) -> torch.Tensor:
     """As ``thinkkv.kernels.grouped.ragged_decode``."""
-    out: torch.Tensor = kernel(
-        query,
-        arena.keys,
-        arena.values,
-        arena.offsets,
-        arena.lengths,
-        scale=scale,
-        longest=arena.longest,
-        starts=starts,
-    )
+    rows = arena.keys, arena.values, arena.offsets, arena.lengths
+    with torch.cuda.device_of(query):
+        out: torch.Tensor = kernel(query, *rows, scale=scale, longest=arena.longest, starts=starts)
     return out

@@ -217,9 +217,9 @@ def query_block(slots: int, tiles: Mapping[int, Tile]) -> int:
 def split_length(longest: int, rows: int, blocks: int) -> int:
     """Entries of one split, a power of two.
 
-    Rows of the longest length alone give about ``PROGRAMS`` programs. The shortest split keeps what a split writes
-    and the merge reads below a tenth of its K and V; the longest spreads one long row among short ones. Several query
-    blocks are programs too, so each lets splits be longer, which bounds the scratch.
+    Rows of the longest length alone give about ``PROGRAMS`` programs. The shortest split keeps what one token of
+    up to 8 heads writes and the merge reads below a tenth of the split's K and V; the longest spreads one long row
+    among short ones. Several query blocks are programs too, so each lets splits be longer, which bounds the scratch.
 
     Args:
         longest: upper bound of the rows' lengths, entries.

@@ -25,10 +25,10 @@ def test_window_scores_by_hand() -> None:
     assert found == Traffic(read=180_736 + 2_304 + 768, written=2_304 + 768 + 6_168, launches=3)
 
 
-def test_semantic_vectors_by_hand() -> None:
+def test_semantic_vector_by_hand() -> None:
     # D 80 takes lanes for 128: 64 rows of 16 KiB, 4 programs. Weights 4 x 6 x 300 = 7,200; chosen ones and positions
     # 12 x 6 x 256 = 18,432; values 6 x 256 x 80 x 2 = 245,760; partials 4 x 6 x 4 x 80 = 7,680; vectors 1,920.
-    found = bandwidth.semantic_vectors(heads=6, tokens=300, dim=80, itemsize=2)
+    found = bandwidth.semantic_vector(heads=6, tokens=300, dim=80, itemsize=2)
     assert found == Traffic(read=7_200 + 18_432 + 245_760 + 7_680, written=18_432 + 7_680 + 1_920, launches=1)
 
 
@@ -63,7 +63,7 @@ def test_work_after_a_prefill_is_the_sum_of_its_operations() -> None:
     shape = {"dim": 64, "itemsize": 2}
     found = bandwidth.prompt_work(lengths=[[90, 30]] * 2, tokens=200, group=3, **shape)
     scores = bandwidth.window_scores(kv_heads=2, group=3, tokens=200, **shape)
-    vectors = bandwidth.semantic_vectors(heads=6, tokens=200, **shape)
+    vectors = bandwidth.semantic_vector(heads=6, tokens=200, **shape)
     compaction = bandwidth.compact(kept=[90, 30], **shape)
     assert found.moved == 2 * (scores.moved + vectors.moved + compaction.moved)
     assert found.launches == 2 * 5
@@ -105,12 +105,12 @@ def test_window_scores_write_what_is_modelled(dim: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("dim", [80, 256])
-def test_semantic_vectors_write_what_is_modelled(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_semantic_vector_write_what_is_modelled(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, values = torch.rand(4, 150), torch.randn(2, 150, dim).half()
     tensors = allocated(monkeypatch)
-    out = semantic_vector.semantic_vectors(weights, values, top=100)
+    out = semantic_vector.semantic_vector(weights, values, top=100)
     chosen = 4 * 100 * (4 + 8)
-    found = bandwidth.semantic_vectors(heads=4, tokens=150, dim=dim, itemsize=2, top=100)
+    found = bandwidth.semantic_vector(heads=4, tokens=150, dim=dim, itemsize=2, top=100)
     assert found.written == sum(tensor.nbytes for tensor in tensors) + chosen + out.nbytes
 
 
