@@ -1,9 +1,9 @@
 """A procedural reasoning task whose traces mix critical and redundant steps of known kinds.
 
-A problem gives a start value and labelled operations modulo 5: ``3 ; a +1 ; b *2 ; ?``. A trace writes one *detail* step
-per operation (`` a : 3 +1 = 4``) or only its result in a *compressed* step (`` a = 4``), where the writer slips more
-often; *redundant* steps recheck, restate or hesitate and carry nothing. It is built so that methods of shortening can be
-told apart:
+A problem gives a start value and labelled operations modulo 5: ``3 ; a +1 ; b *2 ; ?``. A trace writes one *detail*
+step per operation (`` a : 3 +1 = 4``) or only its result in a *compressed* step (`` a = 4``), where the writer slips
+more often; *redundant* steps recheck, restate or hesitate and carry nothing. It is built so that methods of
+shortening can be told apart:
 
 - redundancy causes no error, so accuracy alone does not remove it;
 - a compressed step is tempting to a penalty on length, mostly right on easy problems and less so on hard ones;
