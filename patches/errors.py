@@ -31,3 +31,7 @@ class ModelNotFoundError(ThinkKVError):
 
 class MissingExtraError(ThinkKVError):
     """An optional part of thinkkv is not installed; the message names the extra."""
+
+
+class RecipeError(ThinkKVError):
+    """A training recipe says something that cannot be; the message names the line."""
