@@ -12,7 +12,7 @@ from thinkkv.recipes.evaluation import importance_settings, split_response, step
 from thinkkv.recipes.problems import Problems, load_problems
 from thinkkv.recipes.responses import sample
 from thinkkv.recipes.rewards import build_reward
-from thinkkv.recipes.trainer_arguments import rl_arguments, sft_arguments
+from thinkkv.recipes.trainer_arguments import check_arguments, rl_arguments, sft_arguments
 from thinkkv.recipes.weights import Weights, load_tokenizer, open_model
 
 SHOWN = 2
@@ -57,6 +57,7 @@ def plan(recipe: Recipe) -> Plan:
         build_reward(reward, recipe.steps)
     tokenizer = load_tokenizer(recipe)
     problems = load_problems(recipe.data, tokenizer, recipe.seed)
+    check_arguments(recipe, knows_importance=problems.weigh is not None)
     longest = max(len(tokenizer(row["prompt"]).input_ids) for row in problems.train[:1000])
     stages = tuple(_budget(recipe, index, len(problems.train)) for index in range(len(recipe.stages)))
     model = open_model(recipe, Weights(), trainable=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from thinkkv.patches.errors import RecipeError, ThinkKVError
 from thinkkv.recipes.config import DataConfig
 from thinkkv.recipes.extras import require
-from thinkkv.recipes.tasks import running_value
+from thinkkv.recipes.tasks import gym_traces, running_value
 
 Row = dict[str, Any]
 
@@ -94,12 +95,15 @@ def _gym(names: str, config: DataConfig, seed: int) -> list[Row]:
         ]
     except ValueError as error:
         raise RecipeError(f"data.source: {error} - see reasoning-gym's list of data sets") from None
-    rows = [
-        {"prompt": entry["question"], "answer": str(entry["answer"]), "gym": name, "entry": json.dumps(entry)}
-        for index in range(share)
-        for name, entry in ((name, data[index]) for name, data in zip(chosen, sets, strict=True))
-    ]
+    rng = random.Random(seed)
+    rows = [_gym_row(name, data[index], rng) for index in range(share) for name, data in zip(chosen, sets, strict=True)]
     return rows[:total]
+
+
+def _gym_row(name: str, entry: dict[str, Any], rng: random.Random) -> Row:
+    row = {"prompt": entry["question"], "answer": str(entry["answer"]), "gym": name, "entry": json.dumps(entry)}
+    tracer = gym_traces.TRACERS.get(name)
+    return row | {"completion": tracer(entry, rng)} if tracer else row
 
 
 def _read(config: DataConfig) -> list[Row]:

@@ -25,6 +25,7 @@ from thinkkv.recipes.problems import load_problems
 from thinkkv.recipes.processes import Processes
 from thinkkv.recipes.rewards import build_reward
 from thinkkv.recipes.stages import Trained, Work, run_stage
+from thinkkv.recipes.trainer_arguments import check_arguments
 from thinkkv.recipes.weights import Weights, load_tokenizer, open_model
 from thinkkv.sdk.files import write_whole
 
@@ -89,6 +90,7 @@ def _run(recipe: Recipe, folder: Path, reporter: Reporter) -> dict[str, Any]:
         reporter.step,
         reporter.note,
     )
+    check_arguments(recipe, knows_importance=work.problems.weigh is not None)
     group.wait()
     before = _initial(work, reporter)
     weights, results = Weights(), []

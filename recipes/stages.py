@@ -16,11 +16,9 @@ from thinkkv.recipes.problems import Problems
 from thinkkv.recipes.processes import Processes
 from thinkkv.recipes.responses import sample, text_of
 from thinkkv.recipes.rewards import build_reward, call
-from thinkkv.recipes.smartthinker.clipping import ClipRange
-from thinkkv.recipes.smartthinker.reward import StepReward
 from thinkkv.recipes.smartthinker.sampling import Sample, read_samples, sample_in_batches, select, write_samples
 from thinkkv.recipes.smartthinker.sft import tokenise_samples, tokenise_traces
-from thinkkv.recipes.trainer_arguments import rl_arguments, sft_arguments
+from thinkkv.recipes.trainer_arguments import rl_arguments, scpo_settings, sft_arguments
 from thinkkv.recipes.weights import Weights, open_model
 
 DATASET = "dataset.jsonl"
@@ -189,7 +187,7 @@ def build_rl_trainer(
 
     from thinkkv.recipes.smartthinker.length_penalty import LengthPenaltyTrainer
     from thinkkv.recipes.smartthinker.rollouts import patched_rollouts
-    from thinkkv.recipes.smartthinker.scpo import SCPO, SCPOTrainer
+    from thinkkv.recipes.smartthinker.scpo import SCPOTrainer
 
     rows = [{key: value for key, value in row.items() if key != "completion"} for row in problems.train]
     shared: dict[str, Any] = {
@@ -203,11 +201,7 @@ def build_rl_trainer(
         shared["rollout_func"] = patched_rollouts(recipe.rollout.policy, recipe.rollout.ratio)
     if isinstance(stage, GrpoStage):
         return LengthPenaltyTrainer(alpha=stage.length_penalty, **shared)
-    given = {key: value for key, value in vars(stage).items() if key not in ("kind", "args", "reward", "clip")}
-    settings = SCPO(
-        reward=StepReward(**vars(stage.reward)), clip=ClipRange(**vars(stage.clip)), seed=recipe.seed, **given
-    )
-    return SCPOTrainer(scpo=settings, rules=recipe.steps, oracle=problems.weigh, **shared)
+    return SCPOTrainer(scpo=scpo_settings(stage, recipe.seed), rules=recipe.steps, oracle=problems.weigh, **shared)
 
 
 def _fit(work: Work, index: int, trainer: Any, before: Weights, full: bool, facts: dict[str, Any]) -> Trained:

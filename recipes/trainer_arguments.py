@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from thinkkv.patches.errors import RecipeError
 from thinkkv.recipes.config import GrpoStage, Recipe, ScpoStage, SftStage
+from thinkkv.recipes.smartthinker.clipping import ClipRange
+from thinkkv.recipes.smartthinker.reward import StepReward
+from thinkkv.recipes.weights import lora_config
+
+if TYPE_CHECKING:
+    from thinkkv.recipes.smartthinker.scpo import SCPO
 
 
 def sft_arguments(recipe: Recipe, index: int, folder: Path) -> Any:
@@ -42,6 +48,36 @@ def rl_arguments(recipe: Recipe, index: int, folder: Path) -> Any:
             f"stages.{index}: vLLM samples with its own cache - set rollout.policy to full, or drop use_vllm"
         )
     return found
+
+
+def scpo_settings(stage: ScpoStage, seed: int) -> SCPO:
+    """The trainer's settings of a stage."""
+    from thinkkv.recipes.smartthinker.scpo import SCPO
+
+    given = {key: value for key, value in vars(stage).items() if key not in ("kind", "args", "reward", "clip")}
+    return SCPO(reward=StepReward(**vars(stage.reward)), clip=ClipRange(**vars(stage.clip)), seed=seed, **given)
+
+
+def check_arguments(recipe: Recipe, *, knows_importance: bool) -> None:
+    """Make every stage's arguments once, so that a mistake in the last stage shows before the first one runs.
+
+    Args:
+        recipe: the recipe.
+        knows_importance: whether its task has an oracle.
+
+    Raises:
+        RecipeError: one of them makes no sense.
+    """
+    from thinkkv.recipes.smartthinker.scpo import check
+
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, SftStage):
+            sft_arguments(recipe, index, Path("unused"))
+        if isinstance(stage, (ScpoStage, GrpoStage)):
+            arguments = rl_arguments(recipe, index, Path("unused"))
+            if isinstance(stage, ScpoStage):
+                check(arguments, scpo_settings(stage, recipe.seed), knows_importance=knows_importance)
+    lora_config(recipe.lora or {})
 
 
 def _arguments(kind: Any, recipe: Recipe, index: int, folder: Path, defaults: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import gather_object
 
-from thinkkv.patches.errors import ThinkKVError
+from thinkkv.patches.errors import RecipeError
 from thinkkv.recipes.smartthinker.advantage import Whitening, baseline, broadcast, s_gae
 from thinkkv.recipes.smartthinker.clipping import ClipRange, upper_bounds
 from thinkkv.recipes.smartthinker.importance import (
@@ -103,19 +103,7 @@ class SCPOTrainer(RolloutTrainer):
         self._scored_at: float | None = None
         self._scoring_seconds = 0.0
         super().__init__(*args, **kwargs)
-        self._validate()
-
-    def _validate(self) -> None:
-        if self.loss_type not in CLIPPED_LOSSES:
-            raise ThinkKVError(f"SCPO clips ratios, loss_type {self.loss_type} does not - {', '.join(CLIPPED_LOSSES)}")
-        updates = self.args.steps_per_generation * self.num_iterations  # type: ignore[attr-defined]
-        if self.scpo.adaptive_clip and updates <= self.args.gradient_accumulation_steps:
-            raise ThinkKVError(
-                "adaptive clipping is inert while every sample serves one update - set num_iterations to 2 or more, "
-                "or adaptive_clip to false"
-            )
-        if self.scpo.importance == "oracle" and self.oracle is None:
-            raise ThinkKVError("the task knows no true importance - choose another importance than oracle")
+        check(self.args, self.scpo, knows_importance=oracle is not None)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self._note_cost()
@@ -268,6 +256,32 @@ class SCPOTrainer(RolloutTrainer):
         )
         self.note("scpo/steps", sum(len(rollout.lengths) for rollout in right) / len(right))
         self.note("scpo/critical_share", critical / tokens)
+
+
+def check(arguments: Any, scpo: SCPO, *, knows_importance: bool) -> None:
+    """Refuse what TRL's arguments make meaningless.
+
+    Args:
+        arguments: GRPOConfig.
+        scpo: the settings.
+        knows_importance: whether the task has an oracle.
+
+    Raises:
+        RecipeError: a part would do nothing, or cannot work.
+    """
+    if arguments.loss_type not in CLIPPED_LOSSES:
+        raise RecipeError(
+            f"SCPO clips ratios on both sides and loss_type {arguments.loss_type} does not - "
+            f"choose one of {', '.join(CLIPPED_LOSSES)}"
+        )
+    updates = arguments.steps_per_generation * arguments.num_iterations
+    if scpo.adaptive_clip and updates <= arguments.gradient_accumulation_steps:
+        raise RecipeError(
+            "adaptive clipping is inert while every sample serves one update - set num_iterations to 2 or more, "
+            "or adaptive_clip to false"
+        )
+    if scpo.importance == "oracle" and not knows_importance:
+        raise RecipeError("the task knows no true importance - choose another importance than oracle")
 
 
 def step_stream(rollouts: Sequence[Rollout], size: int, scpo: SCPO) -> list[list[float]]:

@@ -77,7 +77,7 @@ class Style:
     """
 
     redundancy: float = 0.55
-    compression: float = 0.06
+    compression: float = 0.05
     easy_slip: float = 0.04
     hard_slip: float = 0.12
 

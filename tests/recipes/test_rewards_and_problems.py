@@ -13,6 +13,7 @@ from thinkkv.recipes.config import DataConfig, RewardConfig
 from thinkkv.recipes.problems import load_problems
 from thinkkv.recipes.rewards import answer_part, build_reward, call
 from thinkkv.recipes.smartthinker.steps import StepRules
+from thinkkv.recipes.tasks import gym_traces
 from thinkkv.recipes.tasks import running_value as task
 
 RULES = StepRules()
@@ -126,3 +127,20 @@ class TestSources:
             load_problems(DataConfig("task:chess"), object(), 0)
         with pytest.raises(RecipeError, match=r"set data.rows"):
             load_problems(DataConfig("task:running-value"), object(), 0)
+
+
+class TestGymTraces:
+    def test_chain_sum_by_hand(self) -> None:
+        entry = {"metadata": {"expression": "15 - 43 + 7"}}
+        quiet = random.Random()
+        quiet.random = lambda: 0.9  # type: ignore[method-assign]
+        assert gym_traces.chain_sum(entry, quiet) == "<think>\n15 - 43 = -28.\n\n-28 + 7 = -21.\n</think>\n-21"
+
+    def test_traces_are_right_by_the_gym_s_own_verifier(self) -> None:
+        pytest.importorskip("reasoning_gym")
+        found = load_problems(DataConfig("gym:chain_sum", rows=10, eval_rows=2), object(), 3)
+        reward = build_reward(RewardConfig("gym"), RULES)
+        texts = [row["completion"] for row in found.train]
+        assert call(reward, found.train, texts, [[1]] * 10) == [1.0] * 10
+        assert max(call(reward, found.train, ["<think>a</think> x"] * 10, [[1]] * 10)) < 0.5
+        assert load_problems(DataConfig("gym:chain_sum", rows=10, eval_rows=2), object(), 3) == found
