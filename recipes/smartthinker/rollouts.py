@@ -7,6 +7,7 @@ then stand below the importance ratio, in place of the trained model's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,15 +89,15 @@ def patched_rollouts(policy: str, ratio: float) -> Callable[[Sequence[Any], Any]
         device = trainer.accelerator.device
         model = trainer.accelerator.unwrap_model(trainer.model)
         training = model.training
+        settings = copy.deepcopy(trainer.generation_config)
+        settings.return_dict_in_generate = settings.output_logits = True
         model.eval()
         try:
             with torch.no_grad(), apply(model, policy=policy, ratio=ratio):
                 out = model.generate(
                     input_ids=pad(rows, padding_value=padding, padding_side="left").to(device),
                     attention_mask=pad([torch.ones_like(row) for row in rows], 0, "left").to(device),
-                    generation_config=trainer.generation_config,
-                    return_dict_in_generate=True,
-                    output_logits=True,
+                    generation_config=settings,
                 )
         finally:
             model.train(training)

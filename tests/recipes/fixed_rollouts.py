@@ -82,7 +82,9 @@ def given_rewards(prompts: Any, completion_ids: Any, **_: Any) -> list[float]:
     return [known[prompt, tuple(ids)] for prompt, ids in zip(prompts, completion_ids, strict=True)]
 
 
-def new_trainer(folder: Path, batch: int, scpo: SCPO) -> SCPOTrainer:
+def new_trainer(
+    folder: Path, batch: int, scpo: SCPO, *, rollouts: Any = given_rollouts, rewards: Any = given_rewards
+) -> SCPOTrainer:
     """An untrained trainer that can score a batch and compute its loss."""
     arguments = GRPOConfig(
         output_dir=str(folder),
@@ -99,11 +101,11 @@ def new_trainer(folder: Path, batch: int, scpo: SCPO) -> SCPOTrainer:
     )
     trainer = SCPOTrainer(
         model=tiny_llama(),
-        reward_funcs=[given_rewards],
+        reward_funcs=[rewards],
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         processing_class=tokenizer(),
-        rollout_func=given_rollouts,
+        rollout_func=rollouts,
         scpo=scpo,
     )
     trainer.current_gradient_accumulation_steps = 1

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from tests.recipes.fixed_rollouts import OLD_LOGP, RESPONSES, SIZE, new_trainer, score
+from tests.recipes.lenient_reward import some_right
 from thinkkv.patches.errors import ThinkKVError
 from thinkkv.recipes.smartthinker.clipping import ClipRange
 from thinkkv.recipes.smartthinker.reward import StepReward
+from thinkkv.recipes.smartthinker.rollouts import patched_rollouts
 from thinkkv.recipes.smartthinker.scpo import SCPO
 from thinkkv.recipes.tasks.running_value import tokenizer
 
@@ -69,7 +71,7 @@ def test_the_step_stream_by_hand(scored) -> None:
 
 def test_the_clipped_loss_by_hand(scored) -> None:
     trainer, found = scored(clip=ClipRange(0.2, 0.5))
-    loss = trainer._compute_loss(trainer.model, found)
+    loss = trainer._compute_loss(trainer.model, found).detach()
     # Pass rates 3/4, 2/4 and 2/4: upper bounds .2 + .3 * (4 - c) / 3 for right responses.
     right = [reward > 0 for _, reward in RESPONSES]
     high = [0.2 + 0.3 * (4 - sum(right[at // SIZE * SIZE :][:SIZE])) / 3 if ok else 0.2 for at, ok in enumerate(right)]
@@ -93,6 +95,24 @@ def test_switching_s_gae_off_gives_a_response_one_value(scored) -> None:
     _, found = scored(step_level=False)
     for row, mask in zip(found["advantages"], found["completion_mask"], strict=True):
         assert len(set(row[mask.bool()].tolist())) == 1
+
+
+@pytest.mark.parametrize(("policy", "ratio", "same"), [("task-kv", 1.0, True), ("streaming-llm", 0.75, False)])
+def test_a_patched_sampler_brings_its_own_log_probabilities(
+    tmp_path: Path, policy: str, ratio: float, same: bool
+) -> None:
+    trainer = new_trainer(tmp_path, ROWS, SCPO(), rollouts=patched_rollouts(policy, ratio), rewards=some_right)
+    found = score(trainer, ROWS)
+    model = trainer.model.eval()
+    own = trainer._get_per_token_logps_and_entropies(
+        model,
+        torch.cat([found["prompt_ids"], found["completion_ids"]], 1),
+        torch.cat([found["prompt_mask"], found["completion_mask"]], 1),
+        found["completion_ids"].shape[1],
+    )[0]
+    mask = found["completion_mask"].bool()
+    difference = (found["old_per_token_logps"] - own.detach())[mask].abs().max()
+    assert difference < 1e-4 if same else difference > 1e-2
 
 
 @pytest.mark.parametrize("importance", ["next-steps", "answer-removal", "prefix-gain", "random", "uniform"])
