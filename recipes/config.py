@@ -183,7 +183,7 @@ class ScpoStage:
     step_level: bool = True
     clip: ClipConfig = field(default_factory=ClipConfig)
     adaptive_clip: bool = True
-    max_tokens: int = 16384
+    max_tokens: int = 4096
     args: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -103,7 +103,7 @@ def _prefix_probe(ids: tuple[int, ...], offset: int, steps: Steps) -> Probe:
 
 
 @torch.no_grad()
-def score_packed(model: Any, probes: Sequence[Probe], *, max_tokens: int = 16384) -> list[list[float]]:
+def score_packed(model: Any, probes: Sequence[Probe], *, max_tokens: int = 4096) -> list[list[float]]:
     """Importance of every step of several responses, each in one row of a packed forward.
 
     Args:
@@ -114,23 +114,26 @@ def score_packed(model: Any, probes: Sequence[Probe], *, max_tokens: int = 16384
     Returns:
         Nats per step, one list per probe.
     """
-    found: list[list[float]] = [[] for _ in probes]
-    for indices in batches(probes, max_tokens):
-        rows = [probes[index] for index in indices]
-        for index, row, logps in zip(indices, rows, _forward_packed(model, rows), strict=True):
-            found[index] = _gains(row, _packed_scores(row, logps))
-    return found
+    scores: dict[Probe, list[float]] = {}
+    for rows in batches(probes, max_tokens):
+        for row, logps in zip(rows, _forward_packed(model, rows), strict=True):
+            scores[row] = _gains(row, _packed_scores(row, logps))
+    return [list(scores.get(row, ())) for row in probes]
 
 
-def batches(probes: Sequence[Probe], max_tokens: int) -> list[list[int]]:
-    """Indices of the probes that share a forward, longest first; responses without steps need none."""
-    order = sorted((index for index, row in enumerate(probes) if row.gains), key=lambda index: -probes[index].tokens)
-    found: list[list[int]] = []
-    for index in order:
-        if found and probes[found[-1][0]].tokens * (len(found[-1]) + 1) <= max_tokens:
-            found[-1].append(index)
+def batches(probes: Sequence[Probe], max_tokens: int) -> list[list[Probe]]:
+    """The probes that share a forward: equal ones once, longest first, none padded to more than twice its length.
+
+    Responses without steps need no forward. Attention over a row costs its padded length squared.
+    """
+    distinct = sorted({row: None for row in probes if row.gains}, key=lambda row: -row.tokens)
+    found: list[list[Probe]] = []
+    for row in distinct:
+        longest = found[-1][0].tokens if found else 0
+        if found and longest * (len(found[-1]) + 1) <= max_tokens and longest <= 2 * row.tokens:
+            found[-1].append(row)
         else:
-            found.append([index])
+            found.append([row])
     return found
 
 

@@ -77,7 +77,7 @@ class SCPO:
     step_level: bool = True
     clip: ClipRange = field(default_factory=ClipRange)
     adaptive_clip: bool = True
-    max_tokens: int = 16384
+    max_tokens: int = 4096
     seed: int = 0
 
 

@@ -127,9 +127,19 @@ def test_a_copied_step_is_worth_more_than_one_that_nothing_follows_from(model) -
     assert weight(1e9, 1.0) <= 1.0
 
 
-def test_every_probe_with_steps_is_in_exactly_one_forward() -> None:
-    rows = [probe(PROMPT, [1] * n, steps_of([n - 1], 1), estimator="next-steps") for n in (5, 30, 2, 9)]
+def test_every_distinct_probe_with_steps_is_in_exactly_one_forward() -> None:
+    rows = [probe(PROMPT, [1] * n, steps_of([n - 1], 1), estimator="next-steps") for n in (5, 30, 2, 9, 5)]
     rows.append(probe(PROMPT, [1], steps_of([], 1), estimator="next-steps"))
     chosen = batches(rows, 40)
-    assert sorted(index for batch in chosen for index in batch) == [0, 1, 2, 3]
-    assert all(max(rows[i].tokens for i in batch) * len(batch) <= 40 or len(batch) == 1 for batch in chosen)
+    assert sorted(row.tokens for batch in chosen for row in batch) == sorted(row.tokens for row in rows[:4])
+    for batch in chosen:
+        assert len(batch) == 1 or batch[0].tokens * len(batch) <= 40
+        assert batch[0].tokens <= 2 * batch[-1].tokens
+
+
+def test_equal_responses_get_equal_scores_from_one_forward(model) -> None:
+    steps = steps_of([2, 3], 1)
+    row = probe(PROMPT, response_of(steps), steps, estimator="next-steps")
+    first, second = score_packed(model, [row, row])
+    assert first == second
+    assert len(first) == 2
