@@ -51,7 +51,8 @@ class DataConfig:
         columns: our name to theirs, for ``prompt``, ``answer`` and ``completion``.
         system: system message in front of every prompt.
         template: the prompt's text around ``{prompt}``.
-        rows: how many to train on; None: all (generated sources need a number).
+        rows: how many to train on, held-out problems that come up again not counted out; None: all, where the source
+            ends.
         eval_rows: how many are kept apart for the evaluation, never trained on.
         options: of the generated source.
     """

@@ -42,7 +42,7 @@ def load_problems(config: DataConfig, tokenizer: Any, seed: int) -> Problems:
     """
     kind, _, name = config.source.partition(":")
     if kind == "task":
-        return _task(name, config, seed)
+        return _kept_apart(*_task(name, config, seed))
     rows = _gym(name, config, seed) if kind == "gym" else _read(config)
     if len(rows) <= config.eval_rows:
         raise RecipeError(
@@ -50,7 +50,13 @@ def load_problems(config: DataConfig, tokenizer: Any, seed: int) -> Problems:
         )
     rendered = [row | {"prompt": render(row["prompt"], config, tokenizer)} for row in rows]
     # The first rows are held out: the choice hangs on nothing that a resumed run could draw differently.
-    return Problems(rendered[config.eval_rows :][: config.rows], rendered[: config.eval_rows])
+    return _kept_apart(rendered[config.eval_rows :][: config.rows], rendered[: config.eval_rows])
+
+
+def _kept_apart(train: list[Row], held_out: list[Row], weigh: Callable[[str], float] | None = None) -> Problems:
+    """Held-out problems that come up again are not trained on."""
+    held = {row["prompt"] for row in held_out}
+    return Problems([row for row in train if row["prompt"] not in held], held_out, weigh)
 
 
 def render(prompt: str, config: DataConfig, tokenizer: Any) -> str:
@@ -64,7 +70,7 @@ def render(prompt: str, config: DataConfig, tokenizer: Any) -> str:
     return rendered.removeprefix(tokenizer.bos_token or "")
 
 
-def _task(name: str, config: DataConfig, seed: int) -> Problems:
+def _task(name: str, config: DataConfig, seed: int) -> tuple[list[Row], list[Row], Callable[[str], float]]:
     if name != "running-value":
         raise RecipeError(f"no task {name!r} - choose task:running-value")
     try:
@@ -78,7 +84,7 @@ def _task(name: str, config: DataConfig, seed: int) -> Problems:
     def weigh(step: str) -> float:
         return float(running_value.step_kind(step) in running_value.CRITICAL)
 
-    return Problems(train, held_out, weigh)
+    return train, held_out, weigh
 
 
 def _gym(names: str, config: DataConfig, seed: int) -> list[Row]:

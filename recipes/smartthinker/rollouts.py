@@ -26,11 +26,13 @@ class Rollouts:
     Args:
         ids: this process's responses, tokens without padding.
         right: of all processes' responses, in their global order.
+        judged: of the same, whether the first reward said anything.
         local: which of those are this process's.
     """
 
     ids: tuple[tuple[int, ...], ...]
     right: tuple[bool, ...]
+    judged: tuple[bool, ...]
     local: slice
 
 
@@ -59,6 +61,7 @@ class RolloutTrainer(GRPOTrainer):
         self._rollouts = Rollouts(
             tuple(map(tuple, completion_ids_list)),
             tuple((rewards[:, 0] > RIGHT_ABOVE).tolist()),
+            tuple((~rewards[:, 0].isnan()).tolist()),
             slice(begin, begin + len(prompts)),
         )
         self.note("accuracy", sum(self._rollouts.right) / len(self._rollouts.right))

@@ -137,11 +137,15 @@ class SCPOTrainer(RolloutTrainer):
         return loss
 
     def _split(self, scored: dict[str, Any]) -> list[Steps]:
-        decode = self._decode
+        """Steps of this process's responses; those that the loss masks or no reward judged have none."""
+        decode, judged = self._decode, self._rollouts.judged[self._rollouts.local]
         found = []
         for row, ids in enumerate(self._rollouts.ids):
-            prompt = decode(_unpadded(scored, row))
-            found.append(split_steps(ids, decode, self.rules, opened=prompt_opens_reasoning(prompt, self.rules)))
+            if judged[row] and scored["completion_mask"][row].any():
+                opened = prompt_opens_reasoning(decode(_unpadded(scored, row)), self.rules)
+                found.append(split_steps(ids, decode, self.rules, opened=opened))
+            else:
+                found.append(Steps((), len(ids), len(ids), finished=False))
         return found
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -151,14 +155,13 @@ class SCPOTrainer(RolloutTrainer):
     def _weights(self, scored: dict[str, Any], steps: Sequence[Steps]) -> list[list[float]]:
         """Weight of every step of this process's responses; of wrong ones 0, as their reward asks for none."""
         right = self._rollouts.right[self._rollouts.local]
-        wanted = [ok and bool(scored["completion_mask"][row].any()) for row, ok in enumerate(right)]
         estimator = self.scpo.importance
         if estimator == "uniform" or estimator == "random" or estimator == "oracle":
             return [
-                [self._control(ids, span) if want else 0.0 for span in part.spans]
-                for ids, part, want in zip(self._rollouts.ids, steps, wanted, strict=True)
+                [self._control(ids, span) if ok else 0.0 for span in part.spans]
+                for ids, part, ok in zip(self._rollouts.ids, steps, right, strict=True)
             ]
-        rows = [row for row, want in enumerate(wanted) if want]
+        rows = [row for row, ok in enumerate(right) if ok]
         probes = [
             probe(
                 _unpadded(scored, row),

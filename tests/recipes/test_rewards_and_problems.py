@@ -89,10 +89,15 @@ class TestTask:
                 assert words.pad_token_id not in words(text).input_ids
 
     def test_held_out_problems_are_the_same_for_every_seed(self) -> None:
-        config = DataConfig("task:running-value", rows=5, eval_rows=4)
+        config = DataConfig("task:running-value", rows=50, eval_rows=4)
         first, second = (load_problems(config, None, seed) for seed in (0, 1))
         assert first.held_out == second.held_out
         assert first.train != second.train
+
+    def test_held_out_problems_are_not_trained_on(self) -> None:
+        found = load_problems(DataConfig("task:running-value", rows=500, eval_rows=100), None, 0)
+        assert not {row["prompt"] for row in found.train} & {row["prompt"] for row in found.held_out}
+        assert len(found.train) > 250
 
 
 class TestSources:

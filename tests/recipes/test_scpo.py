@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.recipes.fixed_rollouts import OLD_LOGP, RESPONSES, SIZE, new_trainer, score
+from tests.recipes.fixed_rollouts import OLD_LOGP, RESPONSES, SIZE, given_rewards, new_trainer, score
 from tests.recipes.lenient_reward import some_right
 from thinkkv.patches.errors import ThinkKVError
 from thinkkv.recipes.smartthinker.clipping import ClipRange
@@ -95,6 +95,16 @@ def test_switching_s_gae_off_gives_a_response_one_value(scored) -> None:
     _, found = scored(step_level=False)
     for row, mask in zip(found["advantages"], found["completion_mask"], strict=True):
         assert len(set(row[mask.bool()].tolist())) == 1
+
+
+def test_a_response_that_nothing_judges_moves_nothing(tmp_path: Path) -> None:
+    def undecided(prompts: Any, completion_ids: Any, **_: Any) -> list[float | None]:
+        return [None, *given_rewards(prompts, completion_ids)[1:]]
+
+    found = score(new_trainer(tmp_path, ROWS, SCPO(), rewards=undecided), ROWS)
+    assert (found["advantages"][0] == 0).all()
+    assert torch.isfinite(found["advantages"]).all()
+    assert found["advantages"][1].abs().max() > 0
 
 
 @pytest.mark.parametrize(("policy", "ratio", "same"), [("task-kv", 1.0, True), ("streaming-llm", 0.75, False)])
