@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TYPING := $(VENV)/typing
-PACKAGES := sdk patches kernels export
+PACKAGES := sdk patches kernels recipes export
 
 .PHONY: demo test lint clean
 

@@ -43,3 +43,7 @@ class ExportError(ThinkKVError):
 
 class BundleError(ThinkKVError):
     """An exported folder is damaged, incomplete, foreign or newer than this thinkkv."""
+
+
+class RecipeError(ThinkKVError):
+    """A training recipe says something that cannot be; the message names the line."""

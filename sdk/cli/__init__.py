@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import click
 
-from thinkkv.patches.errors import BudgetError, ThinkKVError
+from thinkkv.patches.errors import BudgetError, RecipeError, ThinkKVError
 
 DEBUG = "thinkkv.debug"
 """Key of the click context's ``meta`` that says whether ``--debug`` was given."""
@@ -19,6 +19,7 @@ DEBUG = "thinkkv.debug"
 COMMANDS = {
     "patch": ("thinkkv.sdk.cli.patch:patch", "Calibrate, verify and save a head profile for a model."),
     "generate": ("thinkkv.sdk.cli.generate:generate", "Generate text with a heterogeneous cache."),
+    "train": ("thinkkv.sdk.cli.train:train", "Train a model to think shorter, by a recipe."),
     "export": ("thinkkv.sdk.cli.export:export", "Export a model with its head classes: safetensors, ONNX or GGUF."),
     "run": ("thinkkv.sdk.cli.run:run", "Generate text from an ONNX bundle in plain ONNX Runtime."),
     "doctor": (
@@ -28,7 +29,7 @@ COMMANDS = {
 }
 """Name of a command: where it is, and its line in the help, which is written here so that ``--help`` imports none."""
 
-REQUEST_ERRORS = (BudgetError,)
+REQUEST_ERRORS = (BudgetError, RecipeError)
 """Errors about a value that the user gave, found only after the command line was parsed."""
 
 

@@ -1,0 +1,214 @@
+"""SCPO beside its baselines, without each of its parts, and with other importances, on the tiny recipe's task.
+
+    python benchmarks/scpo_ablation.py                     # all of it: hours; every finished row is kept
+    python benchmarks/scpo_ablation.py --seeds 0 --methods grpo,scpo-0.5
+    python benchmarks/scpo_ablation.py --only-summary
+
+Every method starts from the same weights of its seed (the tiny recipe up to stage 1) and runs the same number of
+updates in the same trainer. One row per method and seed goes into ``results/scpo_ablation.jsonl`` as soon as it is
+there; the same command goes on where it stopped. The summary is ``results/scpo_ablation.md`` and
+``results/scpo_ablation.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from environment import describe
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = RESULTS / "scpo_ablation.jsonl"
+WORK = Path("thinkkv-out/ablation")
+UPDATES = 60
+EVAL_ROWS = 400
+
+SCPO_STRENGTHS = (0.25, 0.5, 1.0, 2.0)
+PENALTIES = (0.1, 0.2, 0.4, 0.8)
+
+METHODS: Mapping[str, Mapping[str, Any] | None] = {
+    "sft": None,
+    "grpo": {"kind": "grpo"},
+    **{f"grpo-length-{alpha:g}": {"kind": "grpo", "length_penalty": alpha} for alpha in PENALTIES},
+    **{f"scpo-{strength:g}": {"kind": "scpo", "strength": strength} for strength in SCPO_STRENGTHS},
+    "scpo-without-importance": {"kind": "scpo", "importance": "uniform"},
+    "scpo-without-step-reward": {"kind": "scpo", "strength": 0.0},
+    "scpo-without-s-gae": {"kind": "scpo", "step_level": False},
+    "scpo-without-adaptive-clip": {"kind": "scpo", "adaptive_clip": False},
+    "scpo-random-importance": {"kind": "scpo", "importance": "random"},
+    "scpo-oracle-importance": {"kind": "scpo", "importance": "oracle"},
+}
+"""The last stage of each method; ``sft`` has none. Uniform importance is control and switched-off part in one."""
+
+
+class Quiet:
+    """A reporter that says nothing."""
+
+    def stage(self, *_: Any) -> None: ...
+
+    def step(self, *_: Any) -> None: ...
+
+    def evaluated(self, *_: Any) -> None: ...
+
+    def note(self, *_: Any) -> None: ...
+
+
+def main() -> None:
+    """Run what is missing, then summarise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--only-summary", action="store_true")
+    options = parser.parse_args()
+    if not options.only_summary:
+        for seed in map(int, options.seeds.split(",")):
+            for method in options.methods.split(","):
+                run_missing(method, seed)
+    summarise(read_rows())
+
+
+def run_missing(method: str, seed: int) -> None:
+    """One row, unless it is there."""
+    if any(row["method"] == method and row["seed"] == seed for row in read_rows()):
+        return
+    row = run_method(method, seed)
+    with ROWS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    after = row["after"]
+    print(
+        f"seed {seed} {method}: accuracy {after['accuracy']:.3f}, {after['mean_tokens']:.1f} tokens, "
+        f"critical share {after['critical_share']:.2f}, {row['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def run_method(method: str, seed: int) -> dict[str, Any]:
+    """Train and evaluate one method from its seed's start."""
+    start = WORK / f"seed-{seed}" / "start"
+    verbose, base = run_recipe(start, seed, None)["stages"][:3:2]
+    folder = WORK / f"seed-{seed}" / method
+    began, stage = time.monotonic(), METHODS[method]
+    if stage is not None and not folder.exists():
+        # The stages before the last are the start's: the runner finds them finished.
+        copy = folder.with_name(f".{method}")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(start, copy)
+        copy.rename(folder)
+    after = base if stage is None else run_recipe(folder, seed, stage)["stages"][-1]
+    return {
+        "method": method,
+        "seed": seed,
+        "verbose": values(verbose, "after"),
+        "start": values(base, "after"),
+        "after": values(after, "after"),
+        "updates": 0 if stage is None else UPDATES,
+        "seconds": round(time.monotonic() - began, 1),
+        "curve": [] if stage is None else curve(folder),
+        **describe(),
+    }
+
+
+def run_recipe(folder: Path, seed: int, stage: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The tiny recipe with another last stage, or without one."""
+    import yaml
+
+    from thinkkv.recipes.config import find, load
+    from thinkkv.recipes.runner import run
+
+    recipe = yaml.safe_load(find("tiny.yaml").read_text(encoding="utf-8"))
+    arguments = recipe["stages"].pop()["args"]
+    if stage is not None:
+        recipe["stages"].append({**stage, "args": {**arguments, "max_steps": UPDATES}})
+    recipe["seed"], recipe["data"]["eval_rows"] = seed, EVAL_ROWS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "ablation.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return run(load(path), folder, Quiet())
+
+
+def values(stage: Mapping[str, Any], when: str) -> dict[str, float]:
+    """An evaluation in a row."""
+    keys = ("accuracy", "ci95", "mean_tokens", "critical_share", "estimated_critical_share")
+    return {key: stage[key][when] for key in keys}
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    """Training rollouts over the last stage, by update, with the seconds since its first one."""
+    from thinkkv.recipes.metrics import MetricsLog
+
+    names = {
+        "accuracy": "accuracy",
+        "completions/mean_length": "mean_tokens",
+        "scpo/critical_share": "critical_share",
+        "step_time": "seconds",
+    }
+    rows = [row for row in MetricsLog(folder / "metrics.jsonl").rows() if row["stage"] == 3]
+    return [{"update": row["step"], **{ours: row[name] for name, ours in names.items() if name in row}} for row in rows]
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """The rows so far."""
+    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with 95 % intervals over seeds, and the accuracy-length plane."""
+    table = ["| method | seeds | accuracy | tokens | tokens saved | critical share |", "|---|---|---|---|---|---|"]
+    points = []
+    for method in [name for name in METHODS if any(row["method"] == name for row in rows)]:
+        own = [row for row in rows if row["method"] == method]
+        accuracy, tokens, share = (interval([row["after"][key] for row in own]) for key in METRICS)
+        saved = interval([100 * (1 - row["after"]["mean_tokens"] / row["verbose"]["mean_tokens"]) for row in own])
+        points.append((method, accuracy, tokens))
+        cells = (shown(accuracy, 3), shown(tokens, 1), shown(saved, 0) + " %", shown(share, 2))
+        table.append(f"| {method} | {len(own)} | {' | '.join(cells)} |")
+    (RESULTS / "scpo_ablation.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    print("\n".join(table))
+    draw(points)
+
+
+METRICS = ("accuracy", "mean_tokens", "critical_share")
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+"""97.5 % quantiles of Student's t by number of seeds."""
+
+
+def interval(numbers: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half width of its 95 % interval over seeds; NaN for a single one."""
+    if len(numbers) < 2:
+        return numbers[0], float("nan")
+    quantile = STUDENT.get(len(numbers), 1.96)
+    return statistics.mean(numbers), quantile * statistics.stdev(numbers) / len(numbers) ** 0.5
+
+
+def shown(value: tuple[float, float], digits: int) -> str:
+    """Mean and half width."""
+    mean, half = value
+    return f"{mean:.{digits}f}" if half != half else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def draw(points: Sequence[tuple[str, tuple[float, float], tuple[float, float]]]) -> None:
+    """Accuracy over tokens; up and left is better."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for method, (accuracy, up), (tokens, across) in points:
+        colour = "tab:orange" if "length" in method else "tab:blue" if method.startswith("scpo") else "tab:gray"
+        axes.errorbar(tokens, accuracy, xerr=across, yerr=up, fmt="o", color=colour, linewidth=0.8, markersize=4)
+        axes.annotate(method, (tokens, accuracy), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes.set_xlabel("tokens per response")
+    axes.set_ylabel("accuracy")
+    figure.savefig(RESULTS / "scpo_ablation.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

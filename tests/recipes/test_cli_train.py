@@ -1,0 +1,154 @@
+"""``thinkkv train`` as a user meets it: output, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recipes.short_run import SHORT, STEPS
+from thinkkv.recipes import extras
+from thinkkv.sdk import cli
+
+ROOT = Path(__file__).parents[2]
+ARGUMENTS = [part for override in SHORT for part in ("--set", override)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one error line."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err
+        return lines[0]
+
+
+@pytest.fixture
+def thinkkv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., Outcome]:
+    """Run the command line in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(end.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_packaged_recipe_runs_from_anywhere(thinkkv, tmp_path: Path) -> None:
+    done = thinkkv("train", "recipes/tiny.yaml", *ARGUMENTS, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert [stage["steps"] for stage in result["stages"]] == list(STEPS)
+    assert result["adapter"]
+    assert result["merged"] is None
+    folder = tmp_path / "thinkkv-out" / "train-tiny"
+    assert json.loads((folder / "result.json").read_text()) == result
+    again = thinkkv("train", "recipes/tiny.yaml", *ARGUMENTS, "--json")
+    assert json.loads(again.out)["stages"] == result["stages"]
+    assert again.err.count("finished before, skipped") == 4
+    fresh = thinkkv("train", "recipes/tiny.yaml", *ARGUMENTS, "--resume", "never", "--set", "stages.0.args.max_steps=2")
+    assert fresh.code == 0
+    assert "skipped" not in fresh.err
+
+
+@pytest.mark.slow
+def test_a_dry_run_shows_everything_and_writes_nothing(thinkkv, tmp_path: Path) -> None:
+    done = thinkkv("train", "tiny", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert [stage["kind"] for stage in found["stages"]] == ["sft", "rejection_sampling", "sft", "scpo"]
+    assert found["stages"][1]["sampled_tokens_at_most"] == 200 * 4 * 160
+    assert found["recipe"]["stages"][3]["strength"] == 0.5
+    assert min(found["bytes"].values()) > 0
+    assert "hidden_size: 64" in done.err
+    assert "<think>" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("stages.3.strenght=1", 2, "did you mean strength?"),
+        ("stages.3.args.max_step=1", 2, "stages.3.args has an unknown key max_step - did you mean max_steps?"),
+        ("stages.3.args.output_dir=x", 2, "is set by the recipe"),
+        ("stages.3.args.num_generations=7", 2, "stages.3.args: "),
+        ("lora.rank=4", 2, "lora has an unknown key rank"),
+        ("reward=exakt", 2, "no reward 'exakt'"),
+        ("data.options.redundance=1", 2, "data.options: "),
+        ("stages.3.args.loss_type=cispo", 2, "SCPO clips ratios on both sides"),
+        ("stages.3.args.num_iterations=1", 2, "adaptive clipping is inert"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_before_any_work(thinkkv, override: str, code: int, message: str) -> None:
+    done = thinkkv("train", "tiny", "--set", override, "--dry-run")
+    assert done.code == code, done.err
+    assert message in done.error
+
+
+def test_vllm_is_configured_by_trl_s_own_setting(thinkkv) -> None:
+    assert thinkkv("train", "tiny", "--set", "stages.3.args.use_vllm=true", "--dry-run").code == 0
+    refused = thinkkv(
+        "train", "tiny", "--set", "stages.3.args.use_vllm=true", "--set", "rollout.policy=task-kv", "--dry-run"
+    )
+    assert (refused.code, "vLLM samples with its own cache" in refused.error) == (2, True)
+
+
+def test_a_missing_extra_is_named(thinkkv, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = extras.importlib.util.find_spec
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "trl" else real(name))
+    done = thinkkv("train", "tiny")
+    assert done.code == 1
+    assert "pip install 'thinkkv[train]'" in done.error
+
+
+def test_an_unknown_recipe_and_an_unwritable_folder(thinkkv, tmp_path: Path) -> None:
+    assert "packaged: " in thinkkv("train", "nothing.yaml").error
+    (tmp_path / "file").touch()
+    blocked = thinkkv("train", "tiny", "--out", tmp_path / "file" / "run")
+    assert "choose another folder with --out" in blocked.error
+
+
+def test_neither_the_sdk_nor_the_help_loads_trl() -> None:
+    script = (
+        "import sys, thinkkv.sdk\n"
+        "from click.testing import CliRunner\n"
+        "from thinkkv.sdk.cli import main\n"
+        "for arguments in (['--help'], ['train', '--help']):\n"
+        "    assert CliRunner().invoke(main, arguments).exit_code == 0\n"
+        "print(sorted({'torch', 'trl', 'transformers', 'yaml', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_two_processes_run_a_recipe_together(tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--module"]
+    command = [*run, "thinkkv.sdk.cli", "train", "tiny", *ARGUMENTS, "--out", str(tmp_path / "run"), "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert [stage["kind"] for stage in result["stages"]] == ["sft", "rejection_sampling", "sft", "scpo"]
+    # Each process samples half of the prompts; the metrics are the first one's.
+    assert [stage["steps"] for stage in result["stages"]] == [STEPS[0], STEPS[1] // 2, *STEPS[2:]]
