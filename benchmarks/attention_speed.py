@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--prefill", type=int, default=8000, help="tokens of the prompt; 0 leaves it out")
+    parser.add_argument("--prefills", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {"layouts": [], "prefill": []}
@@ -168,7 +169,7 @@ def main() -> None:
                 show(found["layouts"][-len(LAYOUTS) :])
     if arguments.prefill:
         for dtype in arguments.dtypes.split(","):
-            found["prefill"] += prefill(dtype, arguments.prefill, 3)
+            found["prefill"] += prefill(dtype, arguments.prefill, arguments.prefills)
         show(found["prefill"])
     if arguments.out:
         arguments.out.write_text(json.dumps({**describe(), "command": " ".join(sys.argv), **found}, indent=1) + "\n")
