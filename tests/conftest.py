@@ -19,6 +19,8 @@ if not torch.cuda.is_available():
 
 from tests.tiny_models import SEED
 
+pytest_plugins = ["tests.command_line"]
+
 torch.set_num_threads(1)
 
 # Building a tiny model counts as slow data generation only where an example is the first to use it.

@@ -8,8 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +15,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.tiny_models import new_model
-from thinkkv.sdk import cli, verification
+from thinkkv.sdk import verification
 from thinkkv.sdk.cli.options import POLICY_NAMES
 from thinkkv.sdk.policies import POLICIES
 
 PROMPT = "the lamp of the harbour was lit by mira ost. " * 12
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """Stdout, which must be one JSON object and nothing else."""
-        return json.loads(self.out)
-
-    @property
-    def error(self) -> str:
-        """The one error line."""
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, self.err
-        assert "Traceback" not in self.err
-        return lines[0]
-
-
-@pytest.fixture
-def thinkkv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., Outcome]:
-    """Run the command line in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Outcome:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Outcome(int(end.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -80,14 +80,17 @@ def test_one_dynamic_graph_serves_growth_and_other_prompts(model: Any, monkeypat
     assert counter.frame_count == 1
 
 
-def test_too_many_layouts_run_uncompiled(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+def test_too_many_layouts_run_uncompiled(model: Any) -> None:
+    layouts = [60], [60, 31]
     with sdk.apply(model, policy=SMALL_TASK_KV, ratio=0.4) as handle:
-        expected = [step_logits(model, prompts(lengths), 3, handle) for lengths in ([60], [60, 31])]
-    with sdk.apply(model, policy=SMALL_TASK_KV, ratio=0.4, compiled="eager") as handle:
-        found = [step_logits(model, prompts([60]), 3, handle)]
+        expected = [step_logits(model, prompts(lengths), 3, handle) for lengths in layouts]
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        sdk.apply(model, policy=SMALL_TASK_KV, ratio=0.4, compiled="eager") as handle,
+    ):
+        found = [step_logits(model, prompts(layouts[0]), 3, handle)]
         with pytest.warns(UserWarning, match="too many different cache layouts"):
-            found.append(step_logits(model, prompts([60, 31]), 3, handle))
+            found.append(step_logits(model, prompts(layouts[1]), 3, handle))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
