@@ -21,6 +21,9 @@ from thinkkv.patches.errors import RecipeError
 from thinkkv.recipes.smartthinker.steps import StepRules
 from thinkkv.recipes.strict_yaml import Document, build, read, unknown_key
 
+FORMAT = 1
+"""Of what a finished stage leaves for the next run; raised when it changes, so that older stages are done again."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -258,7 +261,7 @@ class Recipe:
         """What decides the result of a stage: everything but where it is written."""
         values = self.as_dict()
         decisive = {key: value for key, value in values.items() if key not in ("name", "output", "resume", "stages")}
-        decisive["stages"] = values["stages"][: index + 1]
+        decisive |= {"stages": values["stages"][: index + 1], "format": FORMAT}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -33,7 +33,7 @@ class Response:
         answer: text behind the reasoning.
         right: by the first reward.
         tokens: of the whole response.
-        known: tokens in critical and in all steps where the task knows them.
+        critical: which steps are critical, where the task knows it.
     """
 
     prompt: str
@@ -43,7 +43,7 @@ class Response:
     answer: str
     right: bool
     tokens: int
-    known: tuple[int, int] | None
+    critical: tuple[bool, ...] | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Evaluation:
         critical_share: tokens in critical steps over tokens in all steps: by the task's own knowledge over all
             responses where it has it, else as estimated; None where no right response has steps.
         estimated_critical_share: by the importance estimator, over right responses.
+        importance_auc: probability that the estimator ranks a critical step of a right response above a redundant one,
+            where the task knows them; None without both kinds.
         responses: how many.
     """
 
@@ -65,6 +67,7 @@ class Evaluation:
     mean_tokens: float
     critical_share: float | None
     estimated_critical_share: float | None
+    importance_auc: float | None
     responses: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,14 +103,16 @@ def summarise(responses: Sequence[Response]) -> Evaluation:
     """Means over responses, of which there must be one."""
     count = len(responses)
     accuracy = sum(response.right for response in responses) / count
-    known = [response.known for response in responses if response.known is not None]
-    estimated = _share([(_critical(response), sum(response.lengths)) for response in responses if response.weights])
+    known = [(response, response.critical) for response in responses if response.critical is not None]
+    weighed = [(response, [value >= CRITICAL_ABOVE for value in response.weights]) for response in responses]
+    estimated = _share([(response, critical) for response, critical in weighed if critical])
     return Evaluation(
         accuracy=accuracy,
         ci95=1.96 * math.sqrt(accuracy * (1 - accuracy) / count),
         mean_tokens=sum(response.tokens for response in responses) / count,
         critical_share=_share(known) if known else estimated,
         estimated_critical_share=estimated,
+        importance_auc=_auc(known),
         responses=count,
     )
 
@@ -185,21 +190,34 @@ def _response(
     problems: Problems,
 ) -> Response:
     steps = tuple(tokenizer.decode(ids[start:end]) for start, end in split.spans)
-    known = None
+    critical = None
     if problems.weigh is not None:
-        critical = sum(
-            length for step, length in zip(steps, split.lengths, strict=True) if problems.weigh(step) >= CRITICAL_ABOVE
-        )
-        known = (critical, sum(split.lengths))
+        critical = tuple(problems.weigh(step) >= CRITICAL_ABOVE for step in steps)
     answer = tokenizer.decode(ids[split.answer_start :])
-    return Response(prompt, steps, tuple(weights), tuple(split.lengths), answer, right, len(ids), known)
+    return Response(prompt, steps, tuple(weights), tuple(split.lengths), answer, right, len(ids), critical)
 
 
-def _critical(response: Response) -> int:
-    pairs = zip(response.lengths, response.weights, strict=True)
-    return sum(length for length, value in pairs if value >= CRITICAL_ABOVE)
+def _share(responses: Sequence[tuple[Response, Sequence[bool]]]) -> float | None:
+    """Tokens in critical steps over tokens in all steps."""
+    total = sum(sum(response.lengths) for response, _ in responses)
+    part = sum(
+        length
+        for response, critical in responses
+        for length, yes in zip(response.lengths, critical, strict=True)
+        if yes
+    )
+    return part / total if total else None
 
 
-def _share(parts: Sequence[tuple[int, int]]) -> float | None:
-    total = sum(whole for _, whole in parts)
-    return sum(part for part, _ in parts) / total if total else None
+def _auc(responses: Sequence[tuple[Response, Sequence[bool]]]) -> float | None:
+    """The area under the curve by counting pairs, ties for half."""
+    pairs = [
+        (value, yes)
+        for response, critical in responses
+        if response.weights
+        for value, yes in zip(response.weights, critical, strict=True)
+    ]
+    high, low = ([value for value, yes in pairs if yes is kind] for kind in (True, False))
+    if not high or not low:
+        return None
+    return sum((a > b) + 0.5 * (a == b) for a in high for b in low) / (len(high) * len(low))

@@ -202,7 +202,7 @@ def _train(work: Work, index: int, weights: Weights) -> Trained:
 def _result(work: Work, index: int, trained: Trained, before: Evaluation, after: Evaluation) -> dict[str, Any]:
     pairs = {
         key: {"before": getattr(before, key), "after": getattr(after, key)}
-        for key in ("accuracy", "mean_tokens", "critical_share", "estimated_critical_share", "ci95")
+        for key in ("accuracy", "mean_tokens", "critical_share", "estimated_critical_share", "importance_auc", "ci95")
     }
     return {"kind": work.recipe.stages[index].kind, "steps": trained.steps, **pairs, **trained.facts}
 
