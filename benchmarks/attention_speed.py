@@ -10,9 +10,7 @@ bytes. ``prefill`` times the policies' part of a prompt: window scores, separato
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from decode_speed import copy_bandwidth, prompt_ids
-from environment import describe
+from environment import save
 from rich.console import Console
 from rich.table import Table
 
@@ -172,7 +170,7 @@ def main() -> None:
             found["prefill"] += prefill(dtype, arguments.prefill, arguments.prefills)
         show(found["prefill"])
     if arguments.out:
-        arguments.out.write_text(json.dumps({**describe(), "command": " ".join(sys.argv), **found}, indent=1) + "\n")
+        save(arguments.out, found)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
+from environment import save
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
@@ -234,10 +234,7 @@ def main() -> None:
             rows += [{"model": arguments.model, "dtype": dtype, **entry} for entry in found]
             show(rows[-len(found) :])
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(
-            json.dumps({**describe(), "command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n"
-        )
+        save(arguments.out, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,15 +1,28 @@
-"""Where a measurement was made: machine, versions and commit, written beside every row."""
+"""Where a measurement was made, and its results as a file: machine, versions, commit and command beside the rows."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "thinkkv")
+
+PLACES = ("--out", "--scratch", "--folder")
+"""Options that say where on this machine files go: they do not belong to a measurement."""
+
+
+def save(path: Path, found: Mapping[str, Any]) -> None:
+    """Write results with where and how they were made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**describe(), "command": shlex.join(_command()), **found}, indent=1) + "\n")
 
 
 def describe() -> dict[str, Any]:
@@ -27,6 +40,17 @@ def describe() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": _commit(),
     }
+
+
+def _command() -> Iterator[str]:
+    """This process's command without places."""
+    yield f"benchmarks/{Path(sys.argv[0]).name}"
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        if argument in PLACES:
+            next(arguments)
+        elif argument.partition("=")[0] not in PLACES:
+            yield argument
 
 
 def _processor() -> str:

@@ -9,7 +9,6 @@ cannot: for them the rows say how often they predict the same token when fed the
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import describe
+from environment import save
 
 from thinkkv import sdk
 from thinkkv.export.bake import Baked, bake
@@ -58,9 +57,8 @@ def main() -> None:
                 print(rows[-1], flush=True)
             rows.append(_perplexity(baked, session, ids, arguments.scored) | {"quantize": quantize})
             print(rows[-1], flush=True)
-    content = {"arguments": vars(arguments) | {"out": None, "scratch": None}, "rows": rows, **describe()}
     if arguments.out:
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        save(arguments.out, {"rows": rows})
 
 
 def _torch(baked: Baked, prompt: list[int], new: int) -> list[int]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from environment import save
 
 SETTINGS = ("ours-int4", "stock-int4", "llama.cpp-q4_0", "torch-ours", "torch-stock")
 TEXT = Path(__file__).parent.parent / "sdk" / "prompts" / "demo.txt"
@@ -42,11 +43,8 @@ def main() -> None:
         for threads in arguments.threads:
             for context in arguments.contexts:
                 rows += _in_turns(arguments, folder, threads, context)
-    from environment import describe
-
-    content = {"arguments": vars(arguments) | {"out": None, "folder": None}, "rows": rows, **describe()}
     if arguments.out:
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        save(arguments.out, {"rows": rows})
 
 
 def _in_turns(arguments: argparse.Namespace, folder: Path, threads: int, context: int) -> list[dict[str, Any]]:

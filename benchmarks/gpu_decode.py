@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
+from environment import save
 from rich.console import Console
 from rich.table import Table
 
@@ -358,9 +356,7 @@ def main() -> None:
     print(f"{found['device']}: peak {found['peak_gb_s']} GB/s ({found['peak_is']}), copy {found['copied_gb_s']} GB/s")
     show(found["rows"])
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        written = {**describe(), "command": " ".join(sys.argv), "dtype": arguments.dtype, **found}
-        arguments.out.write_text(json.dumps(written, indent=1) + "\n")
+        save(arguments.out, {"dtype": arguments.dtype, **found})
 
 
 if __name__ == "__main__":
