@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from thinkkv.patches.errors import AdapterMismatchError, MissingExtraError
+from thinkkv.patches.errors import AdapterMismatchError
+from thinkkv.sdk.extras import require
 from thinkkv.sdk.model_sources import ALIASES
 
 CONFIG_FILE = "adapter_config.json"
@@ -26,12 +27,9 @@ def merge_adapter(model: Any, adapter: Path, *, names: Iterable[str]) -> Any:
         AdapterMismatchError: the folder holds no adapter, or one of another base.
         MissingExtraError: PEFT is not installed.
     """
-    try:
-        from peft import PeftModel, get_peft_model_state_dict, load_peft_weights  # heavy, and part of an extra
-    except ImportError:
-        raise MissingExtraError(
-            "merging an adapter needs peft, part of the export extra - pip install 'thinkkv[export]'"
-        ) from None
+    require(("peft",), extra="export", purpose="merging an adapter")
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights  # heavy, and part of an extra
+
     _check_base(adapter, (*names, str(getattr(model.config, "_name_or_path", ""))))
     try:
         saved = set(load_peft_weights(str(adapter), device="cpu"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 
 from thinkkv.export.bake import Baked
 from thinkkv.export.onnx.builder import Quantize
-from thinkkv.patches.errors import ExportError, MissingExtraError
+from thinkkv.patches.errors import ExportError
+from thinkkv.sdk.extras import require
 
 FAMILIES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """``model_type`` to llama.cpp's architecture."""
@@ -37,8 +37,7 @@ def write_gguf(baked: Baked, path: Path, *, quantize: Quantize = "none") -> None
         ExportError: llama.cpp has no such architecture, rotary scaling or tokenizer.
         MissingExtraError: the package gguf is not installed.
     """
-    if find_spec("gguf") is None:
-        raise MissingExtraError("GGUF export needs gguf, part of the export extra - pip install 'thinkkv[export]'")
+    require(("gguf",), extra="export", purpose="GGUF export")
     import gguf
 
     config = baked.model.config

@@ -18,6 +18,8 @@ from typing import Any, Literal
 import yaml
 
 from thinkkv.patches.errors import RecipeError
+from thinkkv.recipes.smartthinker.clipping import ClipRange
+from thinkkv.recipes.smartthinker.reward import StepReward
 from thinkkv.recipes.smartthinker.steps import StepRules
 from thinkkv.recipes.strict_yaml import Document, build, read, unknown_key
 
@@ -154,23 +156,6 @@ class RejectionSamplingStage:
 
 
 @dataclass(frozen=True)
-class StepRewardConfig:
-    """See ``smartthinker.reward.StepReward``."""
-
-    k1: float = 0.9
-    k2: float = 0.3
-    rho: float = 1.0
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """See ``smartthinker.clipping.ClipRange``."""
-
-    low: float = 0.2
-    high: float = 0.28
-
-
-@dataclass(frozen=True)
 class ScpoStage:
     """Step-level length control; every key is explained at ``smartthinker.scpo.SCPO``."""
 
@@ -179,13 +164,13 @@ class ScpoStage:
     importance: Literal["next-steps", "answer-removal", "prefix-gain", "uniform", "random", "oracle"] = "next-steps"
     window: int = 2
     temperature: float = 1.0
-    reward: StepRewardConfig = field(default_factory=StepRewardConfig)
+    reward: StepReward = field(default_factory=StepReward)
     gamma: float = 1.0
     lam: float = 0.5
     floor: float = 0.1
     whitening: Literal["group", "batch", "none"] = "group"
     step_level: bool = True
-    clip: ClipConfig = field(default_factory=ClipConfig)
+    clip: ClipRange = field(default_factory=ClipRange)
     adaptive_clip: bool = True
     max_tokens: int = 4096
     args: Mapping[str, Any] = field(default_factory=dict)

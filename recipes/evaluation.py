@@ -12,13 +12,10 @@ from accelerate.utils import gather_object
 from thinkkv.recipes.config import Recipe, ScpoStage
 from thinkkv.recipes.problems import Problems
 from thinkkv.recipes.responses import sample, text_of
-from thinkkv.recipes.rewards import build_reward, call
-from thinkkv.recipes.smartthinker.importance import probe, score_naive, score_packed, takes_masks, weight
+from thinkkv.recipes.rewards import RIGHT_ABOVE, build_reward, call
+from thinkkv.recipes.smartthinker.importance import CRITICAL_FROM, probe, score_naive, score_packed, takes_masks, weight
 from thinkkv.recipes.smartthinker.scpo import SCPO
 from thinkkv.recipes.smartthinker.steps import Steps, prompt_opens_reasoning, split_steps
-
-CRITICAL_ABOVE = 0.5
-"""A step counts as critical when its weight reaches this."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def summarise(responses: Sequence[Response]) -> Evaluation:
     count = len(responses)
     accuracy = sum(response.right for response in responses) / count
     known = [(response, response.critical) for response in responses if response.critical is not None]
-    weighed = [(response, [value >= CRITICAL_ABOVE for value in response.weights]) for response in responses]
+    weighed = [(response, [value >= CRITICAL_FROM for value in response.weights]) for response in responses]
     estimated = _share([(response, critical) for response, critical in weighed if critical])
     return Evaluation(
         accuracy=accuracy,
@@ -162,7 +159,7 @@ def _answer(
     ids = sample(model, tokenizer, prompts, recipe.rollout, seed=seed)
     texts = [text_of(tokenizer, row) for row in ids]
     reward = build_reward(recipe.reward[0], recipe.steps)
-    right = [score > 0.5 for score in call(reward, rows, texts, ids)]
+    right = [score > RIGHT_ABOVE for score in call(reward, rows, texts, ids)]
     splits = [split_response(tokenizer, prompt, row, recipe) for prompt, row in zip(prompts, ids, strict=True)]
     judged = [at for at, ok in enumerate(right) if ok]
     weights = dict(
@@ -192,7 +189,7 @@ def _response(
     steps = tuple(tokenizer.decode(ids[start:end]) for start, end in split.spans)
     critical = None
     if problems.weigh is not None:
-        critical = tuple(problems.weigh(step) >= CRITICAL_ABOVE for step in steps)
+        critical = tuple(problems.weigh(step) >= CRITICAL_FROM for step in steps)
     answer = tokenizer.decode(ids[split.answer_start :])
     return Response(prompt, steps, tuple(weights), tuple(split.lengths), answer, right, len(ids), critical)
 

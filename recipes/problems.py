@@ -11,8 +11,8 @@ from typing import Any
 
 from thinkkv.patches.errors import RecipeError, ThinkKVError
 from thinkkv.recipes.config import DataConfig
-from thinkkv.recipes.extras import require
 from thinkkv.recipes.tasks import gym_traces, running_value
+from thinkkv.sdk.extras import require
 
 Row = dict[str, Any]
 
@@ -89,7 +89,7 @@ def _task(name: str, config: DataConfig, seed: int) -> tuple[list[Row], list[Row
 
 def _gym(names: str, config: DataConfig, seed: int) -> list[Row]:
     """Problems of reasoning-gym, several generators in turn; their metadata go along for the verifier."""
-    require(("reasoning_gym",), "gym")
+    require(("reasoning_gym",), extra="gym", purpose="this recipe")
     import reasoning_gym
 
     chosen = [name.strip() for name in names.split(",") if name.strip()]

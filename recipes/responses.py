@@ -44,7 +44,7 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[str], rollout: RolloutC
             pad_token_id=tokenizer.pad_token_id,
         )
     ends = end_tokens(model, tokenizer)
-    return [_until_end(row, ends) for row in out[:, inputs.input_ids.shape[1] :].tolist()]
+    return [row[: end_of(row, ends)] for row in out[:, inputs.input_ids.shape[1] :].tolist()]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
@@ -60,6 +60,6 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return text
 
 
-def _until_end(ids: Sequence[int], ends: set[int]) -> list[int]:
-    stop = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
-    return list(ids[:stop])
+def end_of(ids: Sequence[int], ends: set[int]) -> int:
+    """How many tokens a response has, its first end token included."""
+    return next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))

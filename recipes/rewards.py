@@ -15,10 +15,13 @@ from typing import Any
 
 from thinkkv.patches.errors import RecipeError
 from thinkkv.recipes.config import RewardConfig
-from thinkkv.recipes.extras import require
 from thinkkv.recipes.smartthinker.steps import StepRules
+from thinkkv.sdk.extras import require
 
 Reward = Callable[..., list[float]]
+
+RIGHT_ABOVE = 0.5
+"""A response is right when its first reward is above this."""
 
 
 def build_reward(config: RewardConfig, rules: StepRules) -> Reward:
@@ -30,7 +33,7 @@ def build_reward(config: RewardConfig, rules: StepRules) -> Reward:
     """
     if config.name in _SCORES:
         packages, extra = _NEEDS.get(config.name, ((), "train"))
-        require(packages, extra)
+        require(packages, extra=extra, purpose="this recipe")
         return _named(config.name, partial(_each, _SCORES[config.name], rules))
     module, dot, attribute = config.name.rpartition(".")
     if not dot:

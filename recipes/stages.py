@@ -15,7 +15,7 @@ from thinkkv.recipes.metrics import MetricsLog
 from thinkkv.recipes.problems import Problems
 from thinkkv.recipes.processes import Processes
 from thinkkv.recipes.responses import sample, text_of
-from thinkkv.recipes.rewards import build_reward, call
+from thinkkv.recipes.rewards import RIGHT_ABOVE, build_reward, call
 from thinkkv.recipes.smartthinker.sampling import Sample, read_samples, sample_in_batches, select, write_samples
 from thinkkv.recipes.smartthinker.sft import tokenise_samples, tokenise_traces
 from thinkkv.recipes.trainer_arguments import rl_arguments, scpo_settings, sft_arguments
@@ -106,7 +106,7 @@ def _sample(work: Work, index: int, stage: RejectionSamplingStage, before: Weigh
 
     def done(number: int, found: list[Sample]) -> None:
         values = {
-            "accuracy": sum(item.score > 0.5 for item in found) / len(found),
+            "accuracy": sum(item.score > RIGHT_ABOVE for item in found) / len(found),
             "mean_tokens": sum(len(item.ids) for item in found) / len(found),
         }
         if group.main:
@@ -127,7 +127,7 @@ def _sample(work: Work, index: int, stage: RejectionSamplingStage, before: Weigh
     if group.main:
         write_samples(folder / DATASET, kept)
     group.wait()
-    facts = {"samples": len(every), "right": sum(item.score > 0.5 for item in every), "kept": len(kept)}
+    facts = {"samples": len(every), "right": sum(item.score > RIGHT_ABOVE for item in every), "kept": len(kept)}
     work.note(f"kept {len(kept)} of {facts['right']} right samples ({len(every)} in all)")
     return Trained(batches, before, facts)
 

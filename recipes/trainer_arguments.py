@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from thinkkv.patches.errors import RecipeError
 from thinkkv.recipes.config import GrpoStage, Recipe, ScpoStage, SftStage
-from thinkkv.recipes.smartthinker.clipping import ClipRange
-from thinkkv.recipes.smartthinker.reward import StepReward
 from thinkkv.recipes.weights import lora_config
 
 if TYPE_CHECKING:
@@ -54,8 +52,7 @@ def scpo_settings(stage: ScpoStage, seed: int) -> SCPO:
     """The trainer's settings of a stage."""
     from thinkkv.recipes.smartthinker.scpo import SCPO
 
-    given = {key: value for key, value in vars(stage).items() if key not in ("kind", "args", "reward", "clip")}
-    return SCPO(reward=StepReward(**vars(stage.reward)), clip=ClipRange(**vars(stage.clip)), seed=seed, **given)
+    return SCPO(seed=seed, **{key: value for key, value in vars(stage).items() if key not in ("kind", "args")})
 
 
 def check_arguments(recipe: Recipe, *, knows_importance: bool) -> None:

@@ -33,12 +33,14 @@ def load_tokenizer(recipe: Recipe) -> Any:
         return _task_tokenizer(recipe)
     from transformers import AutoTokenizer
 
-    from thinkkv.sdk import models
+    from thinkkv.sdk import model_sources, models
 
-    source = models.resolve(_name(recipe.model))
+    source = model_sources.resolve(_name(recipe.model))
     if source.kind == "gguf":
         return models.load(_name(recipe.model), dtype=recipe.model.dtype)[1]
-    tokenizer = AutoTokenizer.from_pretrained(models.fetch(source), trust_remote_code=False, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_sources.fetch(source), trust_remote_code=False, local_files_only=True
+    )
     return _with_padding(tokenizer)
 
 

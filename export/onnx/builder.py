@@ -6,11 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from thinkkv.patches.errors import ExportError, MissingExtraError
+from thinkkv.patches.errors import ExportError
+from thinkkv.sdk.extras import require
 
 Quantize = Literal["none", "int8", "int4"]
 Provider = Literal["cpu", "cuda", "webgpu"]
@@ -23,11 +23,7 @@ EXTRA_OPTIONS = (
 
 def check_installed() -> None:
     """Raise MissingExtraError unless the ``export`` extra is there."""
-    missing = [name for name in ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai") if find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(
-            f"ONNX export needs {', '.join(missing)}, part of the export extra - pip install 'thinkkv[export]'"
-        )
+    require(("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"), extra="export", purpose="ONNX export")
 
 
 def build_dense(checkpoint: Path, target: Path, *, quantize: Quantize = "none", provider: Provider = "cpu") -> None:

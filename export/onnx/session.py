@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from thinkkv.patches.errors import ExportError, MissingExtraError
+from thinkkv.patches.errors import ExportError
+from thinkkv.sdk.extras import require
 
 GRAPH_FILE = "model.onnx"
 
@@ -22,12 +23,9 @@ class Session:
     """
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise MissingExtraError(
-                "running a bundle needs onnxruntime, part of the export extra - pip install 'thinkkv[export]'"
-            ) from None
+        require(("onnxruntime",), extra="export", purpose="running a bundle")
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:

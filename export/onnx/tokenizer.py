@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkkv.patches.errors import BundleError, ExportError, MissingExtraError
+from thinkkv.patches.errors import BundleError, ExportError
+from thinkkv.sdk.extras import require
 
 
 class BundleTokenizer:
@@ -18,12 +19,9 @@ class BundleTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise MissingExtraError(
-                "running a bundle needs tokenizers, part of the export extra - pip install 'thinkkv[export]'"
-            ) from None
+        require(("tokenizers",), extra="export", purpose="running a bundle")
+        from tokenizers import Tokenizer
+
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self._config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -25,6 +25,9 @@ import torch
 from thinkkv.recipes.smartthinker.steps import Steps
 
 Estimator = Literal["next-steps", "answer-removal", "prefix-gain"]
+CRITICAL_FROM = 0.5
+"""A step counts as critical when its weight reaches this."""
+
 ESTIMATORS: tuple[Estimator, ...] = ("next-steps", "answer-removal", "prefix-gain")
 
 

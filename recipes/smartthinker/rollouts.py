@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
-RIGHT_ABOVE = 0.5
-"""A response is right when its first reward is above this."""
+from thinkkv.recipes.responses import end_of
+from thinkkv.recipes.rewards import RIGHT_ABOVE
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _until_end(out: Any, width: int, trainer: Any) -> tuple[list[list[int]], lis
     ).cpu()
     responses, scores = [], []
     for ids, row in zip(sampled.tolist(), logps.tolist(), strict=True):
-        stop = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
+        stop = end_of(ids, ends)
         responses.append(ids[:stop])
         scores.append(row[:stop])
     return responses, scores

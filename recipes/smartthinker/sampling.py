@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from thinkkv.recipes.rewards import RIGHT_ABOVE
 from thinkkv.sdk.files import write_whole
 
 
@@ -102,7 +103,7 @@ def select(samples: Iterable[Sample], *, keep: str, per_prompt: int, seed: int) 
     """
     by_prompt: dict[int, dict[tuple[int, ...], Sample]] = {}
     for item in samples:
-        if item.score > 0.5:
+        if item.score > RIGHT_ABOVE:
             by_prompt.setdefault(item.index, {}).setdefault(item.ids, item)
     found, seen = [], set()
     for index in sorted(by_prompt):

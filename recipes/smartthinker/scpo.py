@@ -24,6 +24,7 @@ from thinkkv.patches.errors import RecipeError
 from thinkkv.recipes.smartthinker.advantage import Whitening, baseline, broadcast, s_gae
 from thinkkv.recipes.smartthinker.clipping import ClipRange, upper_bounds
 from thinkkv.recipes.smartthinker.importance import (
+    CRITICAL_FROM,
     Estimator,
     Probe,
     batches,
@@ -255,7 +256,7 @@ class SCPOTrainer(RolloutTrainer):
             length
             for rollout in right
             for length, value in zip(rollout.lengths, rollout.weights, strict=True)
-            if value >= 0.5
+            if value >= CRITICAL_FROM
         )
         self.note("scpo/steps", sum(len(rollout.lengths) for rollout in right) / len(right))
         self.note("scpo/critical_share", critical / tokens)

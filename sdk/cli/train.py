@@ -10,6 +10,7 @@ import click
 
 from thinkkv.sdk.cli.console import console, print_json, progress
 from thinkkv.sdk.cli.options import json_option
+from thinkkv.sdk.extras import require
 
 if TYPE_CHECKING:
     from thinkkv.recipes.config import Recipe
@@ -47,9 +48,7 @@ def train(
     RECIPE.yaml is a file, or the name of a packaged recipe: scpo, sft, grpo_length, smollm2, tiny. A killed run goes on
     where it stopped when the same command is given again.
     """
-    from thinkkv.recipes.extras import require
-
-    require()
+    require(("trl", "peft", "accelerate", "datasets", "yaml"), extra="train", purpose="a recipe")
     from thinkkv.recipes.config import find, load
 
     given = (*overrides, *([f"resume={resume}"] if resume else []))

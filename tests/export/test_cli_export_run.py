@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from tests.export.baking import profile_of
 from tests.tiny_models import new_model
 from thinkkv.export.bundle import verify
+from thinkkv.sdk import extras
 from thinkkv.sdk.cli import main
 from thinkkv.sdk.outputs import finish
 
@@ -114,9 +115,8 @@ def test_a_checkpoint_is_exported_and_verified(checkpoint: Path, tmp_path: Path)
 
 
 def test_a_missing_extra_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from thinkkv.export.onnx import builder
-
-    monkeypatch.setattr(builder, "find_spec", lambda name: None)
+    real = extras.importlib.util.find_spec
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "onnx_ir" else real(name))
     options = ["--format", "onnx", "--out", str(tmp_path / "out")]
     done = call("export", "--model", str(checkpoint), *options, code=1)
     assert "pip install 'thinkkv[export]'" in done.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.recipes.short_run import SHORT, STEPS
-from thinkkv.recipes import extras
+from thinkkv.sdk import extras
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = [part for override in SHORT for part in ("--set", override)]
