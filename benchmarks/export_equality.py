@@ -26,9 +26,9 @@ from thinkkv.export.onnx.write import slots_of, write_onnx
 from thinkkv.sdk.budget import Budget
 from thinkkv.sdk.calibration import builtin_prompts
 from thinkkv.sdk.policies import policy_named
+from thinkkv.sdk.profile import SCORES, score_for
 
 TEXT = Path(sdk.__path__[0]) / "prompts" / "demo.txt"
-SCORES = {"task-kv": "distance", "retrieval-kv": "retrieval"}
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         tokenizer,
         policy=policy_named(arguments.policy),
         budget=Budget(ratio=arguments.ratio),
-        profile=sdk.calibrate(model, tokenizer, score=SCORES[arguments.policy]),
+        profile=sdk.calibrate(model, tokenizer, score=score_for(arguments.policy)),
         label=arguments.model,
     )
     ids = _text(tokenizer)
@@ -119,7 +119,7 @@ def _arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--policy", choices=tuple(SCORES), default="retrieval-kv")
+    parser.add_argument("--policy", choices=tuple(SCORES.values()), default="retrieval-kv")
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--prompts", type=numbers, default=[500, 1200, 2500, 4500, 6000], help="lengths in tokens")
     parser.add_argument("--new", type=int, default=200)

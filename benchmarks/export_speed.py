@@ -82,9 +82,10 @@ def _prepare(arguments: argparse.Namespace, folder: Path) -> None:
     from thinkkv.export.safetensors import write_checkpoint
     from thinkkv.sdk.budget import Budget
     from thinkkv.sdk.policies import policy_named
+    from thinkkv.sdk.profile import score_for
 
     model, tokenizer = sdk.load(arguments.model, dtype="float32")
-    profile = sdk.calibrate(model, tokenizer, score="retrieval" if arguments.policy == "retrieval-kv" else "distance")
+    profile = sdk.calibrate(model, tokenizer, score=score_for(arguments.policy))
     budget, policy = Budget(ratio=arguments.ratio), policy_named(arguments.policy)
     baked = bake(model, tokenizer, policy=policy, budget=budget, profile=profile, label=arguments.model)
     for name in ("ours", "checkpoint", "stock"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkkv.patches.errors import ThinkKVError
-from thinkkv.sdk.outputs import newest_finished
+from thinkkv.sdk.outputs import RESULT_FILE, newest_finished
 
 
 @dataclass(frozen=True)
@@ -71,4 +71,4 @@ def _finished(command: str) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _written(found: tuple[Path, dict[str, Any]]) -> float:
-    return max(path.stat().st_mtime for path in (found[0] / "result.json", found[0]) if path.exists())
+    return (found[0] / RESULT_FILE).stat().st_mtime

@@ -6,7 +6,7 @@ sheets; AMD Instinct MI300X data sheet and the CDNA 3 instruction set guide.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,14 @@ A100 = Chip(
     reserved=1024,
     blocks=32,
 )
-H100 = Chip(
+H100 = replace(
+    A100,
     name="H100 SXM",
     target="sm_90",
-    backend="cuda",
     arch=90,
-    warp_size=32,
     bandwidth=3350e9,
-    warps=64,
-    quarters=4,
-    registers=512,
-    granule=8,
     shared=228 * 1024,
     shared_per_block=227 * 1024,
-    reserved=1024,
-    blocks=32,
 )
 MI300X = Chip(
     name="MI300X",

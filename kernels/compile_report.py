@@ -74,8 +74,8 @@ def _sources(function: Any, found: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def compile_variant(variant: Variant, chip: Chip) -> dict[str, Any]:
-    """One row of the table."""
+def compiled(variant: Variant, chip: Chip) -> Any:
+    """Triton's result for one variant: ``asm`` by language, ``metadata``."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -87,19 +87,24 @@ def compile_variant(variant: Variant, chip: Chip) -> dict[str, Any]:
         attrs={(order.index(name),): [["tt.divisibility", 16]] for name in variant.divisible},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return compile(source, target=GPUTarget(chip.backend, chip.arch, chip.warp_size), options=options)
+
+
+def compile_variant(variant: Variant, chip: Chip) -> dict[str, Any]:
+    """One row of the table."""
     start = time.perf_counter()
-    compiled = compile(source, target=GPUTarget(chip.backend, chip.arch, chip.warp_size), options=options)
+    result = compiled(variant, chip)
     seconds = time.perf_counter() - start
     read = read_nvidia if chip.backend == "cuda" else read_amd
-    code = read(compiled.asm)
+    code = read(result.asm)
     loads: Mapping[int, int] = code.pop("loads")
-    fit = {"registers": code["registers"], "shared": compiled.metadata.shared, "num_warps": variant.num_warps}
+    fit = {"registers": code["registers"], "shared": result.metadata.shared, "num_warps": variant.num_warps}
     row = {
         "operation": variant.operation,
         "variant": variant.name,
         "target": chip.target,
         **code,
-        "shared_bytes": compiled.metadata.shared,
+        "shared_bytes": result.metadata.shared,
         "widest_load_bytes": max(loads, default=0),
         "wide_load_share": round(loads[WIDE] * WIDE / max(sum(size * count for size, count in loads.items()), 1), 2),
         "num_warps": variant.num_warps,

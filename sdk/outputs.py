@@ -23,13 +23,18 @@ def output_folder(command: str, label: str, out: Path | None) -> Path:
     Raises:
         ThinkKVError: it cannot be written to.
     """
-    folder = out or ROOT / f"{command}-{label.replace('/', '--')}"
+    folder = out or default_folder(command, label)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RESULT_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise ThinkKVError(f"cannot write to {folder} ({error.strerror}) - choose another folder with --out") from None
     return folder
+
+
+def default_folder(command: str, label: str) -> Path:
+    """Where a command leaves what it makes of a model or recipe, unless the user says otherwise."""
+    return ROOT / f"{command}-{label.replace('/', '--')}"
 
 
 def finish(folder: Path, result: Mapping[str, Any]) -> None:

@@ -29,6 +29,11 @@ SCORES = {"distance": "task-kv", "retrieval": "retrieval-kv"}
 """Calibration scores, and the policy that each is for."""
 
 
+def score_for(policy: str) -> str:
+    """The calibration score that a policy's profile has."""
+    return next(score for score, own in SCORES.items() if own == policy)
+
+
 @dataclass(frozen=True)
 class HeadProfile:
     """What a calibration found out about a model's KV heads.

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkkv.export.block import BLOCK_FILE
 from thinkkv.export.onnx.session import Session
+from thinkkv.export.onnx.slots import Slots
 from thinkkv.export.onnx.tokenizer import BundleTokenizer
 from thinkkv.patches.errors import BundleError, ExportError
+from thinkkv.sdk.baked import BLOCK_FILE
 
 GENAI_FILE = "genai_config.json"
 
@@ -115,5 +116,4 @@ def _settings(folder: Path) -> tuple[dict[str, Any], int]:
         raise BundleError(
             f"{folder} was built for {runtime['provider']} - run it with onnxruntime-genai there, or export for the CPU"
         )
-    slots = runtime["slots"]
-    return config, slots["sinks"] + slots["middle"] + slots["recent"] if slots else 0
+    return config, Slots(**runtime["slots"]).capacity if runtime["slots"] else 0

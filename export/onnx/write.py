@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from thinkkv.export.bake import Baked
-from thinkkv.export.block import BLOCK_FILE, Block
+from thinkkv.export.block import Block
 from thinkkv.export.bundle import write_json
 from thinkkv.export.onnx.builder import Provider, Quantize, build_dense, check_installed
+from thinkkv.export.onnx.generate import GENAI_FILE
+from thinkkv.export.onnx.session import GRAPH_FILE
 from thinkkv.export.onnx.slots import GENAI_SLACK, Slots
 from thinkkv.export.safetensors import write_checkpoint
 from thinkkv.patches.errors import ExportError
-
-GRAPH_FILE = "model.onnx"
-GENAI_FILE = "genai_config.json"
+from thinkkv.sdk.baked import BLOCK_FILE
 
 
 def write_onnx(baked: Baked, folder: Path, *, quantize: Quantize = "none", provider: Provider = "cpu") -> None:

@@ -80,10 +80,11 @@ def export(
 
     choice = _choice(model, adapter, profile, policy, ratio, budget)
     from thinkkv.sdk import model_sources, models
+    from thinkkv.sdk.outputs import default_folder
 
     source = model_sources.resolve(choice.model)
     suffix = format_ if quantize == "none" else f"{format_}-{quantize}"
-    target = out or Path("thinkkv-out") / f"export-{source.label.replace('/', '--')}-{suffix}"
+    target = out or default_folder("export", f"{source.label}-{suffix}")
     check_target(target, force=force)
     if format_ == "onnx":
         from thinkkv.export.onnx.builder import check_installed
@@ -164,9 +165,9 @@ def _baked(network: Any, tokenizer: Any, choice: Choice, context: int | None, la
 
 def _calibrated(network: Any, tokenizer: Any, policy: str) -> HeadProfile:
     from thinkkv.sdk.calibration import calibrate
-    from thinkkv.sdk.profile import SCORES
+    from thinkkv.sdk.profile import score_for
 
-    score = next(score for score, own in SCORES.items() if own == policy)
+    score = score_for(policy)
     return calibrate(network, tokenizer, score=score, progress=track(f"calibrating heads by {score}"))
 
 

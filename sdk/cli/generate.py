@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from thinkkv.patches.errors import ThinkKVError
 from thinkkv.sdk.cli.console import console, print_json, progress
 from thinkkv.sdk.cli.options import (
     budget_options,
@@ -16,8 +14,8 @@ from thinkkv.sdk.cli.options import (
     dtype_option,
     json_option,
     policy_option,
-    read_text,
 )
+from thinkkv.sdk.cli.text import echo, prompt_options, prompt_text, show_bytes
 
 if TYPE_CHECKING:
     from thinkkv.sdk.generate_text import Generated
@@ -51,15 +49,12 @@ Examples:
     is_flag=True,
     help="Compile the decode step: about a minute at first, then faster. Worth it for long texts.",
 )
-@click.option("--prompt", help="The prompt.")
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="A text file with the prompt.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
+@prompt_options
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0, min_open=True),
     help="Sample at this temperature.  [default: greedy]",
 )
-@click.option("--raw", is_flag=True, help="Feed the prompt as it is, without the tokenizer's chat template.")
 @dtype_option
 @json_option
 def generate(
@@ -107,38 +102,13 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         chat=not raw,
-        echo=None if as_json else _echo,
+        echo=None if as_json else echo,
     )
     if as_json:
         print_json(done.as_json())
     else:
-        _echo("\n")
+        echo("\n")
     _show(done)
-
-
-def _echo(text: str) -> None:
-    click.echo(text, nl=False)
-
-
-def prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt of a command: given, from a file, or from standard input."""
-    if prompt is not None and prompt_file is not None:
-        raise click.UsageError("--prompt and --prompt-file exclude each other - give one")
-    if prompt is None and prompt_file is None:
-        if sys.stdin.isatty():
-            raise click.UsageError("no prompt - give --prompt, --prompt-file or standard input")
-        prompt = _standard_input()
-    text = read_text(prompt_file) if prompt_file is not None else str(prompt)
-    if not text.strip():
-        raise click.UsageError("the prompt is empty - give it some text")
-    return text
-
-
-def _standard_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError:
-        raise ThinkKVError("standard input is no UTF-8 text - convert it first") from None
 
 
 def _newest(
@@ -159,7 +129,6 @@ def _newest(
 
 def _show(done: Generated) -> None:
     """Speeds and bytes, on stderr."""
-    held = vars(done.bytes)
     prefill = done.prompt_tokens / max(done.prefill_seconds, 1e-9)
     decode = f" at {done.tokens_per_second:.1f}/s" if done.tokens_per_second else ""
     compiling = f", compiled in {done.compile_seconds:.0f} s" if done.compile_seconds else ""
@@ -168,7 +137,4 @@ def _show(done: Generated) -> None:
         f"{done.new_tokens} new{decode}{compiling}",
         highlight=False,
     )
-    console.print(
-        "bytes: " + ", ".join(f"{name} {value:,} ({value / held['full']:.0%})" for name, value in held.items()),
-        highlight=False,
-    )
+    show_bytes(vars(done.bytes))

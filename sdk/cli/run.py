@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from thinkkv.sdk.cli.console import console, print_json, progress
-from thinkkv.sdk.cli.generate import prompt_text
 from thinkkv.sdk.cli.options import json_option
+from thinkkv.sdk.cli.text import echo, prompt_options, prompt_text, show_bytes
 
 
 @click.command(
@@ -19,11 +19,8 @@ Examples:
   cat report.txt | thinkkv run my-bundle --json"""
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt", help="The prompt.")
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="A text file with the prompt.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
+@prompt_options
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the runtime.  [default: its own choice]")
-@click.option("--raw", is_flag=True, help="Feed the prompt as it is, without the tokenizer's chat template.")
 @json_option
 def run(
     bundle: Path,
@@ -39,11 +36,12 @@ def run(
     The bundle is held against its manifest first. The prompt comes from --prompt, --prompt-file or standard input.
     """
     from thinkkv.export.bundle import verify
+    from thinkkv.export.onnx.session import GRAPH_FILE
     from thinkkv.patches.errors import BundleError
 
     with progress(f"checking {bundle}"):
         files = {file.path for file in verify(bundle)}
-    if "model.onnx" not in files:
+    if GRAPH_FILE not in files:
         raise BundleError(
             f"{bundle} is no ONNX bundle - a checkpoint runs with `thinkkv generate --model`, a GGUF file in llama.cpp"
         )
@@ -51,29 +49,22 @@ def run(
     from thinkkv.export.onnx.generate import generate_bundle
 
     done = generate_bundle(
-        bundle, text, max_new_tokens=max_new_tokens, chat=not raw, threads=threads, echo=None if as_json else _echo
+        bundle, text, max_new_tokens=max_new_tokens, chat=not raw, threads=threads, echo=None if as_json else echo
     ).as_json()
     if as_json:
         print_json(done)
     else:
-        _echo("\n")
+        echo("\n")
     _show(done)
-
-
-def _echo(text: str) -> None:
-    click.echo(text, nl=False)
 
 
 def _show(done: dict[str, Any]) -> None:
     """Speeds and bytes, on stderr."""
-    seconds, held = done["seconds"], done["bytes"]
+    seconds = done["seconds"]
     prefill = done["prompt_tokens"] / max(seconds["prefill"], 1e-9)
     decode = max(0, done["new_tokens"] - 1) / max(seconds["decode"], 1e-9)
     console.print(
         f"{done['prompt_tokens']} prompt tokens at {prefill:.0f}/s, {done['new_tokens']} new at {decode:.1f}/s",
         highlight=False,
     )
-    console.print(
-        "bytes: " + ", ".join(f"{name} {value:,} ({value / max(1, held['full']):.0%})" for name, value in held.items()),
-        highlight=False,
-    )
+    show_bytes(done["bytes"])

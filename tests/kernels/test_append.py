@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.accuracy import DEVICE
 from thinkkv.kernels.append import reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAPACITY = 90
 """Entries of every row."""
 

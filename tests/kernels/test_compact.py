@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.accuracy import DEVICE
 from thinkkv.kernels.compact import reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GAP = 2
 """Unused entries before every row."""
 

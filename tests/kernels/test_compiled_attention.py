@@ -14,16 +14,12 @@ pytest.importorskip("triton", reason="needs triton: pip install triton")
 
 COMPILE = """
 import sys
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from thinkkv.kernels.chips import A100
+from thinkkv.kernels.compile_report import compiled
 from thinkkv.kernels.ragged_decode.triton import variants
 
 variant = {variant.name: variant for variant in variants()}[sys.argv[1]]
-names = list(variant.signature)
-divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
-source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constexprs), divisible)
-options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-sys.stdout.write(compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"])
+sys.stdout.write(compiled(variant, A100).asm["ptx"])
 """
 
 

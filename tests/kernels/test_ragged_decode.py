@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conformance.closeness import assert_close
+from tests.kernels.accuracy import DEVICE, RMS
 from thinkkv.kernels.ragged_decode import reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RMS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
 GAP = 3
 """Unused entries before every row."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from tests.kernels.accuracy import RMS
 from thinkkv.kernels import grouped
 from thinkkv.kernels.arena import Arena
 from thinkkv.kernels.dispatch import RowOperations, row_operations
@@ -118,9 +119,8 @@ def test_rows_are_filled_extended_and_attended(
     expected, sees = attended(arena, query, 0.3, starts)
     found = operations.ragged_decode(arena, query, scale=0.3, starts=starts)
     assert found.dtype == dtype
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
     error = (found.double() - expected)[sees].norm() / expected[sees].norm().clamp(min=1e-30)
-    assert error < tolerance
+    assert error < RMS[dtype]
     assert not found[~sees].any()
 
 

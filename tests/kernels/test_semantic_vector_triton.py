@@ -10,11 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conformance.closeness import assert_close
+from tests.kernels.accuracy import DEVICE, RMS
 from thinkkv.kernels.semantic_vector import reference
 from thinkkv.kernels.semantic_vector.triton import semantic_vector
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RMS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
 
 
 @dataclass(frozen=True)
