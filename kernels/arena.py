@@ -75,6 +75,8 @@ class Arena:
             for states in (block.keys, block.values):
                 states[:, block.length :] = 0  # a mask hides it, but NaN times zero would come through
                 torch._dynamo.maybe_mark_dynamic(states, 1)  # growing, or another prompt, needs no other code
+        for states in (self.keys, self.values):
+            torch._dynamo.maybe_mark_dynamic(states, 0)
         _ = self.lengths  # must exist before it is counted in place
         self._prepared = True
 

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: Triton on a GPU, plain torch on a CPU, or what the environment says.
+"""Which implementation of an operation runs: Triton on a GPU, torch and C on a CPU, or what the environment says.
 
 Nothing is imported before it is needed; Triton never is where torch runs.
 """
@@ -15,10 +15,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from thinkkv.kernels.c_library import NoKernelError
+
 VARIABLE = "THINKKV_KERNELS"
 """Environment variable that forces an implementation."""
 
-Backend = Literal["torch", "triton", "reference"]
+Backend = Literal["torch", "native", "triton", "reference"]
 Operation = Literal["window_scores", "semantic_vector", "compact", "append", "ragged_decode"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
@@ -35,7 +37,8 @@ class Choice:
     """What runs, and why.
 
     Args:
-        backend: ``triton``, ``torch``, or the ``reference`` that both are tested against.
+        backend: ``triton``; ``torch``; ``native``, which is torch with a kernel in C for decoding; or the ``reference``
+            that all are tested against.
         reason: in a few words.
     """
 
@@ -52,6 +55,8 @@ def choose(device: torch.device | str) -> Choice:
     kind = torch.device(device).type
     forced = os.environ.get(VARIABLE, "auto")
     if forced == "auto":
+        if kind == "cpu":
+            return _choose_for_cpu()
         if kind != "cuda":
             return Choice("torch", f"{kind} tensors: Triton runs on CUDA and ROCm only")
         if find_spec("triton") is None:
@@ -61,6 +66,8 @@ def choose(device: torch.device | str) -> Choice:
         raise KernelError(f"{VARIABLE}={forced} is unknown - use auto, {', '.join(get_args(Backend))}")
     if forced == "triton":
         _check_triton(kind)
+    if forced == "native":
+        _check_native(kind)
     return Choice(forced, f"{VARIABLE}={forced}")  # type: ignore[arg-type]
 
 
@@ -71,6 +78,31 @@ def _check_triton(kind: str) -> None:
         raise KernelError(
             f"{VARIABLE}=triton, but the tensors are on {kind} - unset it, or interpret: TRITON_INTERPRET=1"
         )
+
+
+def _choose_for_cpu() -> Choice:
+    missing = _missing_for_native()
+    if missing:
+        return Choice("torch", f"cpu tensors; {missing}")
+    return Choice("native", "cpu tensors, a C compiler made the kernel for this processor")
+
+
+def _check_native(kind: str) -> None:
+    if kind != "cpu":
+        raise KernelError(f"{VARIABLE}=native, but the tensors are on {kind} - unset it")
+    missing = _missing_for_native()
+    if missing:
+        raise KernelError(f"{VARIABLE}=native, but {missing} - unset it, or use torch")
+
+
+@cache
+def _missing_for_native() -> str | None:
+    """Why there is no kernel in C; None where there is one. The first call of all may compile it."""
+    try:
+        importlib.import_module("thinkkv.kernels.native")
+    except NoKernelError as error:
+        return str(error)
+    return None
 
 
 def operation(name: Operation, device: torch.device | str) -> Callable[..., Any]:
@@ -109,8 +141,8 @@ def row_operations(device: torch.device | str, *, traced: bool = False) -> RowOp
 
 @cache
 def _load(name: Operation, backend: Backend) -> Callable[..., Any]:
-    if backend == "torch" and name in ROW_OPERATIONS:
-        return _function("grouped", name)
+    if name in ROW_OPERATIONS and backend in ("torch", "native"):
+        return _function("native" if backend == "native" and name != "compact" else "grouped", name)
     module = "triton" if backend == "triton" else "reference"
     kernel = _function(f"{name}.{module}", name)
     return partial(_function("ragged", name), kernel=kernel) if name in ROW_OPERATIONS else kernel

@@ -19,7 +19,7 @@ CASES = [
     Case("mistral-window", kv_heads=4, lengths=(45,)),
     Case("llama3", kv_heads=2, dtype=torch.bfloat16, lengths=(50,)),
 ]
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["torch", "reference", "triton"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,7 @@ from thinkkv.kernels import grouped
 from thinkkv.kernels.arena import Arena
 from thinkkv.kernels.dispatch import RowOperations, row_operations
 
-BACKENDS = ["torch", "reference", "triton"]
+BACKENDS = ["torch", "native", "reference", "triton"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""The CPU path with a kernel in C for the step that counts: one new token, all rows of a layer in one call.
+
+It needs no block of equal rows and reads lengths when it runs, so a compiled step is the same code. Everything else is
+the torch path's: prompts, chunks of several tokens, gradients, sizes that the kernel is not made for.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from thinkkv.kernels import grouped
+from thinkkv.kernels.arena import Arena
+from thinkkv.kernels.ragged_decode import native as kernel
+
+
+def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """As ``thinkkv.kernels.grouped.append``, and ``arena.lengths`` counts the entries."""
+    new = keys.shape[1]
+    if new == 1:
+        ends = arena.offsets + arena.lengths
+        arena.keys.index_copy_(0, ends, keys[:, 0])
+        arena.values.index_copy_(0, ends, values[:, 0])
+    else:
+        grouped.append(arena, keys, values)
+    arena.lengths.add_(new)
+
+
+def ragged_decode(
+    arena: Arena, query: torch.Tensor, *, scale: float, starts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As ``thinkkv.kernels.grouped.ragged_decode``."""
+    if not kernel.takes(query) or (torch.is_grad_enabled() and query.requires_grad):
+        return grouped.ragged_decode(arena, query, scale=scale, starts=starts)
+    attend = kernel.operator if torch.compiler.is_compiling() else kernel.ragged_decode
+    return attend(query, arena.keys, arena.values, arena.offsets, arena.lengths, starts, scale)
