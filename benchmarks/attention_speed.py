@@ -2,9 +2,9 @@
 
     python benchmarks/attention_speed.py --out benchmarks/results/attention_speed.json
 
-Appends one token to every layer's rows and attends to them, as a decode step does; there are as many layers as in the
-model, so no row is in the processor's cache. ``layouts`` compares rows of one, two and three lengths that hold the same
-bytes. ``prefill`` times the policies' part of a prompt: window scores, separator and compaction.
+Attends to every layer's rows, alone and behind appending a token, as a decode step does; there are as many layers as in
+the model, so no row is in the processor's cache. ``layouts`` compares rows of one, two and three lengths that hold the
+same bytes. ``prefill`` times the policies' part of a prompt: window scores, separator and compaction.
 """
 
 from __future__ import annotations
@@ -49,16 +49,17 @@ def layer(lengths: list[int], dtype: torch.dtype) -> Arena:
     return arena
 
 
-def step(layers: list[Arena], dtype: torch.dtype) -> Callable[[], None]:
-    """Append a token to all layers and attend to it."""
+def step(layers: list[Arena], dtype: torch.dtype, *, append: bool) -> Callable[[], None]:
+    """Attend to all layers; before it append a token to each, if so said."""
     operations = row_operations("cpu")
     query = torch.randn(KV_HEADS, GROUP, 1, DIM, dtype=dtype)
     new = torch.randn(KV_HEADS, 1, DIM, dtype=dtype)
 
     def run() -> None:
         for arena in layers:
-            operations.append(arena, new, new)
-            arena.lengthen(1)
+            if append:
+                operations.append(arena, new, new)
+                arena.lengthen(1, counted=operations.counting)
             operations.ragged_decode(arena, query, scale=DIM**-0.5)
 
     return run
@@ -70,23 +71,24 @@ def layouts(dtype: torch.dtype, tokens: int, turns: int) -> list[dict[str, Any]]
         name: [layer([int(tokens * share) for share in shares], dtype) for _ in range(LAYERS)]
         for name, shares in LAYOUTS.items()
     }
-    steps = {name: step(layers, dtype) for name, layers in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    steps = {(name, append): step(runs[name], dtype, append=append) for append in (False, True) for name in runs}
+    times: dict[tuple[str, bool], list[float]] = {key: [] for key in steps}
     bandwidths = []
     with torch.inference_mode():
         for turn in range(turns + 2):
             bandwidths.append(copy_bandwidth())
-            for name, run in steps.items():
+            for key, run in steps.items():
                 for _ in range(8):
                     start = time.perf_counter()
                     run()
                     if turn >= 2:
-                        times[name].append(time.perf_counter() - start)
+                        times[key].append(time.perf_counter() - start)
+    medians = {key: statistics.median(taken) for key, taken in times.items()}
     bandwidth = statistics.median(bandwidths)
     rows = []
     for name, layers in runs.items():
         held = sum(arena.used for arena in layers) * DIM * dtype.itemsize * 2
-        median = statistics.median(times[name])
+        attend, both = medians[name, False], medians[name, True]
         rows.append(
             {
                 "dtype": str(dtype).removeprefix("torch."),
@@ -94,10 +96,12 @@ def layouts(dtype: torch.dtype, tokens: int, turns: int) -> list[dict[str, Any]]
                 "tokens_per_row": tokens,
                 "layout": name,
                 "held_bytes": held,
-                "ms": round(1000 * median, 3),
                 "bound_ms": round(1000 * held / bandwidth, 3),
-                "over_bound": round(median * bandwidth / held, 2),
-                "over_two_lengths": round(median / statistics.median(times["two lengths"]), 2),
+                "attend_ms": round(1000 * attend, 3),
+                "attend_over_bound": round(attend * bandwidth / held, 2),
+                "with_append_ms": round(1000 * both, 3),
+                "with_append_over_bound": round(both * bandwidth / held, 2),
+                "over_two_lengths": round(both / medians["two lengths", True], 2),
             }
         )
     return rows
