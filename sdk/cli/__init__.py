@@ -20,6 +20,7 @@ COMMANDS = {
     "patch": ("thinkkv.sdk.cli.patch:patch", "Calibrate, verify and save a head profile for a model."),
     "generate": ("thinkkv.sdk.cli.generate:generate", "Generate text with a heterogeneous cache."),
     "train": ("thinkkv.sdk.cli.train:train", "Train a model to think shorter, stage by stage."),
+    "eval": ("thinkkv.sdk.cli.eval:evaluate", "Measure what cache policies leave of a model's answers."),
     "export": ("thinkkv.sdk.cli.export:export", "Export a model with its head classes: safetensors, ONNX or GGUF."),
     "run": ("thinkkv.sdk.cli.run:run", "Generate text from an ONNX bundle in plain ONNX Runtime."),
     "doctor": (

@@ -1,0 +1,76 @@
+"""What a model says, and how probable it finds a text, from a cache that was compressed before."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from thinkkv.sdk.cache import HeterogeneousCache
+from thinkkv.sdk.evaluation.prefill import left_padded, positions
+
+
+class Turn:
+    """A batch of conversations that goes on: the model, a filled cache, and what the cache has seen."""
+
+    def __init__(self, model: Any, cache: HeterogeneousCache, mask: torch.Tensor) -> None:
+        self._model, self._cache, self._mask = model, cache, mask
+
+    @torch.inference_mode()
+    def feed(self, rows: Sequence[Sequence[int]], *, keep: int) -> torch.Tensor:
+        """Append tokens to every conversation.
+
+        Args:
+            rows: token ids, of different lengths.
+            keep: logits of so many of the last tokens are wanted.
+
+        Returns:
+            [B, keep, V].
+        """
+        ids, mask = left_padded(rows, self._mask.device)
+        self._mask = torch.cat([self._mask, mask], dim=1)
+        out = self._model(
+            ids,
+            attention_mask=self._mask,
+            position_ids=positions(self._mask)[:, -ids.shape[1] :],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        logits: torch.Tensor = out.logits
+        return logits
+
+    def answer(self, logits: torch.Tensor, new_tokens: int, stop: Collection[int]) -> list[list[int]]:
+        """Greedy answers.
+
+        Args:
+            logits: [B, V] after what was fed last.
+            new_tokens: at most, per answer.
+            stop: token ids that end an answer and do not belong to it.
+        """
+        said: list[list[int]] = [[] for _ in logits]
+        ended = [False] * len(said)
+        for step in range(new_tokens):
+            tokens = logits.argmax(dim=-1).tolist()
+            for row, token in enumerate(tokens):
+                ended[row] |= token in stop
+                if not ended[row]:
+                    said[row].append(token)
+            if all(ended) or step == new_tokens - 1:
+                break
+            logits = self.feed([[token] for token in tokens], keep=1)[:, -1]
+        return said
+
+    def losses(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Mean negative log-likelihood of each continuation in nats, without its first token.
+
+        The first token's probability comes from the prompt's own forward, which saw everything.
+
+        Args:
+            rows: token ids, all of one length of at least 2.
+        """
+        logits = self.feed(rows, keep=len(rows[0]))[:, :-1].float()
+        targets = torch.tensor(rows, device=logits.device)[:, 1:]
+        found = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        return [float(loss) for loss in found.mean(dim=1)]

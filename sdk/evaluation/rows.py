@@ -1,0 +1,54 @@
+"""From outcomes of samples to the rows of a table: means with intervals, and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from thinkkv.sdk.evaluation.journal import Journal, Outcome
+from thinkkv.sdk.evaluation.runner import Cell, key
+from thinkkv.sdk.evaluation.scoring import perplexity, wilson
+from thinkkv.sdk.evaluation.setting import Setting
+
+Row = dict[str, Any]
+
+
+def rows(journal: Journal, cells: Iterable[Cell], settings: Sequence[Setting], samples: int) -> list[Row]:
+    """One row for every cell and setting that has outcomes, in their order."""
+    found = []
+    for cell in cells:
+        for setting in settings:
+            keys = (key(cell, number, setting) for number in range(cell.task.count(samples)))
+            outcomes = [journal.outcomes[one] for one in keys if one in journal.outcomes]
+            if outcomes:
+                found.append(_row(cell, setting, outcomes))
+    return found
+
+
+def _row(cell: Cell, setting: Setting, outcomes: Sequence[Outcome]) -> Row:
+    score, interval = _mean(cell, [outcome.score for outcome in outcomes])
+    return {
+        "task": cell.task.name,
+        "policy": setting.name,
+        "ratio": setting.ratio,
+        "context": cell.size,
+        "question": cell.question,
+        "metric": cell.task.metric,
+        "samples": len(outcomes),
+        "score": round(score, 4),
+        "ci95": [round(bound, 4) for bound in interval] if interval else None,
+        "cache_bytes": _rounded_mean([outcome.cache_bytes for outcome in outcomes]),
+        "used_bytes": _rounded_mean([outcome.used_bytes for outcome in outcomes]),
+        "compressed_tokens": _rounded_mean([outcome.tokens for outcome in outcomes]),
+    }
+
+
+def _mean(cell: Cell, scores: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    if cell.task.metric == "perplexity":
+        return perplexity(scores)
+    mean = sum(scores) / len(scores)
+    return mean, wilson(mean, len(scores))
+
+
+def _rounded_mean(values: Sequence[int]) -> int:
+    return round(sum(values) / len(values))

@@ -1,0 +1,197 @@
+"""A run: every setting answers the same samples, cell by cell, and what is done already is not done again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from thinkkv.patches.errors import ThinkKVError
+from thinkkv.sdk.compression import Compression
+from thinkkv.sdk.evaluation.answering import Turn
+from thinkkv.sdk.evaluation.journal import Journal, Outcome
+from thinkkv.sdk.evaluation.prefill import prefill
+from thinkkv.sdk.evaluation.sample import Encoded
+from thinkkv.sdk.evaluation.setting import Setting
+from thinkkv.sdk.evaluation.tasks.task import Task
+from thinkkv.sdk.patching import PatchHandle, apply
+from thinkkv.sdk.profile import HeadProfile, fingerprint_of
+from thinkkv.sdk.report import report
+
+Question = Literal["in-window", "after"]
+"""Whether the question is compressed with the context, or comes after the compression."""
+
+QUESTIONS: tuple[Question, ...] = ("in-window", "after")
+ANSWER_MARGIN = 8
+"""Tokens that an answer may have beyond the expected text."""
+
+
+Progress = Callable[[str], Callable[[Iterable[Any]], Iterable[Any]]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One table cell of every setting: the samples of one task at one size, asked in one way."""
+
+    task: Task
+    size: int
+    question: Question
+
+    def __str__(self) -> str:
+        return f"{self.task.name}, {self.size} tokens, question {self.question}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is to be done.
+
+    Args:
+        model: not patched.
+        tokenizer: its own.
+        settings: compared.
+        profiles: by policy name, for those that need or are given one.
+        seed: of the samples.
+        batch_tokens: prompts are attended to together up to so many tokens.
+    """
+
+    model: Any
+    tokenizer: Any
+    settings: Sequence[Setting]
+    profiles: Mapping[str, HeadProfile]
+    seed: int = 0
+    batch_tokens: int = 8192
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all outcomes of one run folder have in common."""
+        with apply(self.model, policy="full") as handle:
+            fingerprint = fingerprint_of(self.model, handle.shapes)
+        return {
+            "seed": self.seed,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "fingerprint": fingerprint,
+            "profiles": {policy: dict(profile.calibration) for policy, profile in sorted(self.profiles.items())},
+        }
+
+    def cells(self, tasks: Iterable[Task], sizes: Sequence[int], questions: Sequence[Question]) -> list[Cell]:
+        """Every task at every size, asked in every way that it has.
+
+        Raises:
+            ThinkKVError: a size is beyond the model's context.
+        """
+        found = [
+            Cell(task, size, question)
+            for task in tasks
+            for size in task.sizes(self.tokenizer, sizes)
+            for question in _ways(task, questions)
+        ]
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        too_long = [cell for cell in found if limit is not None and cell.size >= limit]
+        if too_long:
+            raise ThinkKVError(f"{too_long[0]} is beyond the model's context of {limit} - lower --contexts")
+        return found
+
+    def run(self, cells: Sequence[Cell], samples: int, journal: Journal, progress: Progress) -> None:
+        """Fill the journal.
+
+        Args:
+            cells: what to evaluate.
+            samples: per cell.
+            journal: has what was done before.
+            progress: makes of a label a wrapper of what is iterated over.
+
+        Raises:
+            BudgetError: a policy cannot work with a ratio at a size; before anything is run.
+        """
+        with apply(self.model, policy="full") as handle:
+            compressions = {setting: self._compression(setting, handle) for setting in self.settings}
+            for cell in cells:
+                smallest = min(len(_compressed(cell, sample)) for sample in self._samples(cell, range(1)))
+                for compression in compressions.values():
+                    compression.allocate(smallest)
+            for cell in cells:
+                self._run_cell(cell, samples, compressions, journal, progress)
+
+    def _run_cell(
+        self,
+        cell: Cell,
+        samples: int,
+        compressions: Mapping[Setting, Compression],
+        journal: Journal,
+        progress: Progress,
+    ) -> None:
+        wanted = range(cell.task.count(samples))
+        missing = [i for i in wanted if any(key(cell, i, setting) not in journal.outcomes for setting in compressions)]
+        if not missing:
+            return
+        size = max(1, min(8, self.batch_tokens // cell.size))
+        batches = [missing[at : at + size] for at in range(0, len(missing), size)]
+        for batch in progress(str(cell))(batches):
+            left = {
+                setting: compression
+                for setting, compression in compressions.items()
+                if any(key(cell, i, setting) not in journal.outcomes for i in batch)
+            }
+            for outcomes in self._run_batch(cell, batch, left):
+                journal.add(outcomes)
+
+    def _run_batch(
+        self, cell: Cell, numbers: Sequence[int], compressions: Mapping[Setting, Compression]
+    ) -> Iterator[list[Outcome]]:
+        """The outcomes of one batch of samples, setting by setting."""
+        samples = list(self._samples(cell, numbers))
+        prompts = [_compressed(cell, sample) for sample in samples]
+        filled = prefill(self.model, prompts, next(iter(compressions.values())))
+        for setting, compression in compressions.items():
+            cache = filled.cache(compression)
+            held = report(cache).bytes
+            scores = self._answer(cell, samples, Turn(self.model, cache, filled.mask), filled.logits)
+            yield [
+                Outcome(
+                    cell.task.name, cell.question, cell.size, number, setting.name, setting.ratio, len(prompt),
+                    score, said, held.physical // len(samples), held.used // len(samples),
+                )
+                for number, prompt, (score, said) in zip(numbers, prompts, scores, strict=True)
+            ]  # fmt: skip
+
+    def _answer(self, cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: Any) -> list[tuple[float, str]]:
+        """Score and answer of each sample."""
+        questions = [sample.question for sample in samples]
+        if cell.task.metric == "perplexity":
+            return [(loss, "") for loss in turn.losses(questions)]
+        if cell.question == "after":
+            logits = turn.feed(questions, keep=1)[:, -1]
+        said = turn.answer(logits, self._new_tokens(samples), self._stop())
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
+        return [(cell.task.score(sample.sample, text), text) for sample, text in zip(samples, texts, strict=True)]
+
+    def _new_tokens(self, samples: Sequence[Encoded]) -> int:
+        expected = (sample.sample.expected for sample in samples)
+        return ANSWER_MARGIN + max(len(self.tokenizer(text, add_special_tokens=False).input_ids) for text in expected)
+
+    def _stop(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+    def _samples(self, cell: Cell, numbers: Iterable[int]) -> Iterator[Encoded]:
+        return (cell.task.sample(self.tokenizer, cell.size, number, self.seed) for number in numbers)
+
+    def _compression(self, setting: Setting, handle: PatchHandle) -> Compression:
+        profile = self.profiles.get(setting.policy.name)
+        policy = setting.policy if profile is None else profile.fix(setting.policy)
+        return Compression(policy, setting.budget, handle.shapes)
+
+
+def key(cell: Cell, number: int, setting: Setting) -> tuple[Any, ...]:
+    """Of an outcome in the journal."""
+    return cell.task.name, cell.question, cell.size, number, setting.name, setting.ratio
+
+
+def _ways(task: Task, questions: Sequence[Question]) -> Sequence[Question]:
+    """A continuation comes after the compression, or there would be nothing to measure."""
+    return ("after",) if task.metric == "perplexity" else questions
+
+
+def _compressed(cell: Cell, sample: Encoded) -> tuple[int, ...]:
+    """The tokens that are in the cache when it is compressed."""
+    return sample.context if cell.question == "after" else sample.context + sample.question

@@ -1,0 +1,45 @@
+"""Scores of answers, and how sure a mean of them is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+Z95 = 1.959964
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+def share_found(answers: Sequence[str], said: str) -> float:
+    """Share of the answers that a text holds as whole words, case ignored (RULER's string match, but whole words)."""
+    found = (re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", said, re.IGNORECASE) for answer in answers)
+    return sum(match is not None for match in found) / len(answers)
+
+
+def wilson(mean: float, count: int) -> tuple[float, float]:
+    """The Wilson 95 % interval of a share.
+
+    For scores between 0 and 1 it is on the safe side: none varies more than right and wrong do.
+
+    Args:
+        mean: of the scores, 0 to 1.
+        count: of samples, 1 or more.
+    """
+    spread = Z95**2 / count
+    center = (mean + spread / 2) / (1 + spread)
+    half = Z95 * math.sqrt(mean * (1 - mean) / count + spread / (4 * count)) / (1 + spread)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def perplexity(losses: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Perplexity of mean losses per passage, and its 95 % interval (normal in the mean loss); None for one passage.
+
+    Args:
+        losses: mean negative log-likelihood of each passage, nats; all passages are of one length.
+    """
+    mean = math.fsum(losses) / len(losses)
+    if len(losses) < 2:
+        return math.exp(mean), None
+    variance = math.fsum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1)
+    half = Z95 * math.sqrt(variance / len(losses))
+    return math.exp(mean), (math.exp(mean - half), math.exp(mean + half))

@@ -1,0 +1,125 @@
+"""A run against plain generation on a patched model, sample by sample; and a run that was killed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from thinkkv import sdk
+from thinkkv.patches.errors import BudgetError, ThinkKVError
+from thinkkv.sdk.evaluation.journal import Journal
+from thinkkv.sdk.evaluation.rows import rows
+from thinkkv.sdk.evaluation.runner import ANSWER_MARGIN, Evaluation
+from thinkkv.sdk.evaluation.sample import Encoded, Sample
+from thinkkv.sdk.evaluation.setting import settings
+from thinkkv.sdk.evaluation.tasks.task import Task
+
+POLICIES = ["full", "snapkv", "task-kv+recent=40", "streaming-llm"]
+
+
+class Lengths(Task):
+    """Random tokens of different lengths, so that batches are padded."""
+
+    def __init__(self, metric: str = "accuracy") -> None:
+        self.name, self.metric = "lengths", metric  # type: ignore[misc]
+
+    def sample(self, tokenizer: Any, size: int, index: int, seed: int) -> Encoded:
+        draw = torch.Generator().manual_seed(index)
+        ids = torch.randint(2, 90, (size - 3 * index,), generator=draw).tolist()
+        question = 9 if self.metric == "perplexity" else 6 + index
+        return Encoded(Sample("", "", ("x",)), tuple(ids[:-question]), tuple(ids[-question:]))
+
+
+@pytest.fixture
+def evaluation(model, char_tokenizer) -> Evaluation:
+    return Evaluation(model, char_tokenizer, settings(POLICIES, [0.5]), {})
+
+
+def generated(model: Any, setting: Any, sample: Encoded, question: str, new: int) -> tuple[list[int], int]:
+    """The answer of ``generate`` on a patched model, one sample alone, and the bytes after compression."""
+    chunks = [sample.context, sample.question] if question == "after" else [sample.context + sample.question]
+    with sdk.apply(model, policy=setting.policy, ratio=setting.ratio) as handle, torch.inference_mode():
+        cache = handle.new_cache()
+        held = 0
+        for chunk in chunks:
+            out = model(torch.tensor([chunk]), past_key_values=cache, use_cache=True)
+            held = held or handle.report(cache).bytes.physical
+        said = []
+        for _ in range(new):
+            said.append(int(out.logits[0, -1].argmax()))
+            out = model(torch.tensor([[said[-1]]]), past_key_values=cache, use_cache=True)
+    return said, held
+
+
+@pytest.mark.parametrize("question", ["in-window", "after"])
+def test_a_batched_run_says_what_generation_says_sample_by_sample(evaluation, tmp_path, question):
+    task = Lengths()
+    cells = evaluation.cells([task], [150], [question])
+    journal = Journal(tmp_path / "samples.jsonl", {})
+    evaluation.run(cells, 3, journal, lambda label: iter)
+    assert len(journal.outcomes) == 3 * len(POLICIES)
+    for setting in evaluation.settings:
+        for number in range(3):
+            outcome = journal.outcomes["lengths", question, 150, number, setting.name, setting.ratio]
+            sample = task.sample(evaluation.tokenizer, 150, number, 0)
+            said, held = generated(evaluation.model, setting, sample, question, ANSWER_MARGIN + 1)
+            assert outcome.said == evaluation.tokenizer.decode(said, skip_special_tokens=True)
+            assert outcome.cache_bytes == pytest.approx(held, rel=0.2)  # one arena for the batch
+
+
+def test_losses_are_those_of_the_patched_model(evaluation, tmp_path):
+    task = Lengths("perplexity")
+    journal = Journal(tmp_path / "samples.jsonl", {})
+    evaluation.run(evaluation.cells([task], [150], ["in-window"]), 2, journal, lambda label: iter)
+    for setting in evaluation.settings:
+        sample = task.sample(None, 150, 1, 0)
+        with sdk.apply(evaluation.model, policy=setting.policy, ratio=setting.ratio) as handle, torch.inference_mode():
+            cache = handle.new_cache()
+            evaluation.model(torch.tensor([sample.context]), past_key_values=cache, use_cache=True)
+            out = evaluation.model(torch.tensor([sample.question]), past_key_values=cache, use_cache=True)
+        wanted = torch.nn.functional.cross_entropy(out.logits[0, :-1], torch.tensor(sample.question[1:]))
+        outcome = journal.outcomes["lengths", "after", 150, 1, setting.name, setting.ratio]
+        assert outcome.score == pytest.approx(float(wanted), abs=1e-4)
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(evaluation, tmp_path):
+    cells = evaluation.cells([Lengths()], [150], ["after"])
+    whole = Journal(tmp_path / "whole.jsonl", {"seed": 0})
+    evaluation.run(cells, 3, whole, lambda label: iter)
+    path = tmp_path / "killed.jsonl"
+    path.write_bytes((tmp_path / "whole.jsonl").read_bytes()[:-400])  # in the middle of a line
+    resumed = Journal(path, {"seed": 0})
+    assert 0 < len(resumed.outcomes) < len(whole.outcomes)
+    done = len(resumed.outcomes)
+    evaluation.run(cells, 3, resumed, lambda label: iter)
+    assert said(resumed) == said(whole) == said(Journal(path, {"seed": 0}))
+    assert len(path.read_text().splitlines()) == 1 + len(whole.outcomes) > done
+    wanted = [row["score"] for row in rows(whole, cells, evaluation.settings, 3)]
+    assert [row["score"] for row in rows(resumed, cells, evaluation.settings, 3)] == wanted
+
+
+def said(journal: Journal) -> dict[Any, tuple[float, str]]:
+    """Bytes are left out: a sample's share of its batch's storage varies a little with the batch."""
+    return {key: (outcome.score, outcome.said) for key, outcome in journal.outcomes.items()}
+
+
+def test_results_of_another_run_are_not_mixed_in(tmp_path):
+    Journal(tmp_path / "samples.jsonl", {"seed": 0})
+    with pytest.raises(ThinkKVError, match="seed"):
+        Journal(tmp_path / "samples.jsonl", {"seed": 1})
+
+
+def test_an_impossible_ratio_is_refused_before_anything_runs(evaluation, tmp_path):
+    impossible = replace(evaluation, settings=settings(["full", "snapkv"], [0.1]))
+    journal = Journal(tmp_path / "samples.jsonl", {})
+    with pytest.raises(BudgetError, match="--ratio"):
+        impossible.run(impossible.cells([Lengths()], [150], ["after"]), 1, journal, lambda label: iter)
+    assert not journal.outcomes
+
+
+def test_a_size_beyond_the_context_is_refused(evaluation):
+    with pytest.raises(ThinkKVError, match="2048"):
+        evaluation.cells([Lengths()], [2048], ["after"])
