@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": ("thinkkv.sdk.cli.generate:generate", "Generate text with a heterogeneous cache."),
     "train": ("thinkkv.sdk.cli.train:train", "Train a model to think shorter, stage by stage."),
     "eval": ("thinkkv.sdk.cli.eval:evaluate", "Measure what cache policies leave of a model's answers."),
+    "bench": ("thinkkv.sdk.cli.bench:bench", "Measure speed and memory under cache policies."),
     "export": ("thinkkv.sdk.cli.export:export", "Export a model with its head classes: safetensors, ONNX or GGUF."),
     "run": ("thinkkv.sdk.cli.run:run", "Generate text from an ONNX bundle in plain ONNX Runtime."),
     "doctor": (

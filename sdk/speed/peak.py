@@ -1,0 +1,71 @@
+"""Peak memory of a process that does nothing but one contender's job; run as ``python -m thinkkv.sdk.speed.peak``."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from typing import Any
+
+from thinkkv.patches.errors import ThinkKVError
+
+STEPS = 4
+
+
+def peak_rss(job: dict[str, Any]) -> int:
+    """Peak resident bytes of one contender, in a process of its own.
+
+    Args:
+        job: ``context`` and ``threads``; for torch ``model, dtype, policy, ratio, profile``, for onnx ``bundle``.
+
+    Raises:
+        ThinkKVError: the process failed.
+    """
+    command = [sys.executable, "-m", "thinkkv.sdk.speed.peak", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["killed"])[-1][:200]
+        raise ThinkKVError(f"measuring peak memory failed ({reason}) - free some memory, or give --no-memory")
+    return int(done.stdout.split()[-1])
+
+
+def _run(job: dict[str, Any]) -> None:
+    from thinkkv.sdk.speed.prompt import prompt_ids
+
+    if "bundle" in job:
+        from pathlib import Path
+
+        from thinkkv.sdk.speed.onnx_contender import OnnxContender
+
+        contender: Any = OnnxContender(Path(job["bundle"]), job["threads"])
+        ids = [1 + i % 50 for i in range(job["context"])]
+    else:
+        contender, tokenizer = _torch_contender(job)
+        ids = prompt_ids(tokenizer, job["context"])
+    with contender.ready():
+        contender.prefill(ids, STEPS + 1)
+        for _ in range(STEPS):
+            contender.step()
+    scale = 1 if sys.platform == "darwin" else 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)  # noqa: T201  (read by the parent)
+
+
+def _torch_contender(job: dict[str, Any]) -> tuple[Any, Any]:
+    import torch
+
+    from thinkkv.sdk import models
+    from thinkkv.sdk.evaluation.setting import settings
+    from thinkkv.sdk.profile import HeadProfile
+    from thinkkv.sdk.speed.torch_contender import STOCK, TorchContender
+
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    model, tokenizer = models.load(job["model"], dtype=job["dtype"])
+    profile = HeadProfile.load(job["profile"]) if job["profile"] else None
+    setting = None if job["policy"] == STOCK else settings([job["policy"]], [job["ratio"]])[0]
+    return TorchContender(model, setting, profile), tokenizer
+
+
+if __name__ == "__main__":
+    _run(json.loads(sys.argv[1]))
