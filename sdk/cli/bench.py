@@ -227,7 +227,7 @@ def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    for column in ("policy", "ratio", "context", "threads", "first token s", "tokens/s", "step ms p10-p90"):
+    for column in ("policy", "ratio", "context", "threads", "prefill s", "tokens/s", "ms a step"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for column in ("cache MiB", "used MiB", "peak MiB"):
         table.add_column(column, justify="right")

@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from thinkkv.patches.errors import ThinkKVError
@@ -34,8 +35,6 @@ def _run(job: dict[str, Any]) -> None:
     from thinkkv.sdk.speed.prompt import prompt_ids
 
     if "bundle" in job:
-        from pathlib import Path
-
         from thinkkv.sdk.speed.onnx_contender import OnnxContender
 
         contender: Any = OnnxContender(Path(job["bundle"]), job["threads"])
@@ -47,8 +46,16 @@ def _run(job: dict[str, Any]) -> None:
         contender.prefill(ids, STEPS + 1)
         for _ in range(STEPS):
             contender.step()
-    scale = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)  # noqa: T201  (read by the parent)
+    print(_own_peak())  # noqa: T201  (read by the parent)
+
+
+def _own_peak() -> int:
+    """Bytes; on Linux from /proc, because the maximum that getrusage knows is handed down from the parent process."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _torch_contender(job: dict[str, Any]) -> tuple[Any, Any]:
