@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "thinkkv")
+from thinkkv.sdk.machine import machine, versions
 
 PLACES = ("--out", "--scratch", "--folder")
 """Options that say where on this machine files go: they do not belong to a measurement."""
@@ -27,19 +24,7 @@ def save(path: Path, found: Mapping[str, Any]) -> None:
 
 def describe() -> dict[str, Any]:
     """Machine, versions and commit as JSON values."""
-    import torch
-
-    return {
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            "system": platform.system(),
-        },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "commit": _commit(),
-    }
+    return {"machine": machine(), "versions": versions(), "commit": _commit()}
 
 
 def _command() -> Iterator[str]:
@@ -51,13 +36,6 @@ def _command() -> Iterator[str]:
             next(arguments)
         elif argument.partition("=")[0] not in PLACES:
             yield argument
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def _commit() -> str:
