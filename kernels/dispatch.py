@@ -24,6 +24,9 @@ Backend = Literal["torch", "native", "triton", "reference"]
 Operation = Literal["window_scores", "semantic_vector", "compact", "append", "ragged_decode"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
+NATIVE_OPERATIONS: tuple[Operation, ...] = ("append", "ragged_decode")
+"""What ``native`` does itself; the others are plain torch there."""
+
 ROW_OPERATIONS: tuple[Operation, ...] = ("compact", "append", "ragged_decode")
 """Operations on a layer's arena; the others take dense tensors."""
 
@@ -78,6 +81,14 @@ def _check_triton(kind: str) -> None:
         raise KernelError(
             f"{VARIABLE}=triton, but the tensors are on {kind} - unset it, or interpret: TRITON_INTERPRET=1"
         )
+
+
+def choose_for(name: Operation, device: torch.device | str) -> Choice:
+    """The implementation of one operation; raises as ``choose``."""
+    choice = choose(device)
+    if choice.backend == "native" and name not in NATIVE_OPERATIONS:
+        return Choice("torch", "plain torch serves")
+    return choice
 
 
 def _choose_for_cpu() -> Choice:
@@ -142,7 +153,7 @@ def row_operations(device: torch.device | str, *, traced: bool = False) -> RowOp
 @cache
 def _load(name: Operation, backend: Backend) -> Callable[..., Any]:
     if name in ROW_OPERATIONS and backend in ("torch", "native"):
-        return _function("native" if backend == "native" and name != "compact" else "grouped", name)
+        return _function("native" if backend == "native" and name in NATIVE_OPERATIONS else "grouped", name)
     module = "triton" if backend == "triton" else "reference"
     kernel = _function(f"{name}.{module}", name)
     return partial(_function("ragged", name), kernel=kernel) if name in ROW_OPERATIONS else kernel

@@ -92,15 +92,15 @@ def _device() -> dict[str, Any]:
 
 def _kernels() -> list[dict[str, Any]]:
     """Which implementation each operation has on the device, and why."""
-    from thinkkv.kernels.dispatch import OPERATIONS, KernelError, choose
+    from thinkkv.kernels.dispatch import OPERATIONS, KernelError, choose_for
 
     kind = _device()["kind"]
+    device = "cuda" if kind == "rocm" else kind  # torch calls AMD's devices so too
     try:
-        choice = choose("cuda" if kind == "rocm" else kind)  # torch calls AMD's devices so too
-        backend, reason = choice.backend, choice.reason
+        choices = {name: choose_for(name, device) for name in OPERATIONS}
     except KernelError as error:
-        backend, reason = None, str(error)
-    return [{"operation": name, "backend": backend, "reason": reason} for name in OPERATIONS]
+        return [{"operation": name, "backend": None, "reason": str(error)} for name in OPERATIONS]
+    return [{"operation": name, "backend": choice.backend, "reason": choice.reason} for name, choice in choices.items()]
 
 
 def _models() -> list[dict[str, Any]]:

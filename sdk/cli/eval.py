@@ -69,9 +69,10 @@ def evaluate(
     dtype: str | None,
     as_json: bool,
 ) -> None:
-    """Measure answers under cache policies: accuracy and perplexity against the bytes held.
+    """Measure what cache policies leave of a model's answers.
 
-    Every policy answers the same samples. A killed run goes on where it stopped when the same command is given again.
+    Accuracy and perplexity against the bytes held; every policy answers the same samples.
+    A killed run goes on where it stopped when the same command is given again.
     """
     start = time.monotonic()
     defaults: Mapping[str, Any] = QUICK if quick else {}
