@@ -31,11 +31,17 @@ EVAL_ROWS = 400
 
 SCPO_STRENGTHS = (0.25, 0.5, 1.0, 2.0)
 PENALTIES = (0.1, 0.2, 0.4, 0.8)
+UNSCALED_PENALTIES = (0.05, 0.1, 0.2, 0.4)
+"""Without division by the group's standard deviation, which makes any penalty one of unit size where all are right."""
 
 METHODS: Mapping[str, Mapping[str, Any] | None] = {
     "sft": None,
     "grpo": {"kind": "grpo"},
     **{f"grpo-length-{alpha:g}": {"kind": "grpo", "length_penalty": alpha} for alpha in PENALTIES},
+    **{
+        f"grpo-length-{alpha:g}-unscaled": {"kind": "grpo", "length_penalty": alpha, "args": {"scale_rewards": "none"}}
+        for alpha in UNSCALED_PENALTIES
+    },
     **{f"scpo-{strength:g}": {"kind": "scpo", "strength": strength} for strength in SCPO_STRENGTHS},
     "scpo-without-importance": {"kind": "scpo", "importance": "uniform"},
     "scpo-without-step-reward": {"kind": "scpo", "strength": 0.0},
@@ -124,7 +130,7 @@ def run_recipe(folder: Path, seed: int, stage: Mapping[str, Any] | None) -> dict
     recipe = yaml.safe_load(find("tiny.yaml").read_text(encoding="utf-8"))
     arguments = recipe["stages"].pop()["args"]
     if stage is not None:
-        recipe["stages"].append({**stage, "args": {**arguments, "max_steps": UPDATES}})
+        recipe["stages"].append({**stage, "args": {**arguments, **stage.get("args", {}), "max_steps": UPDATES}})
     recipe["seed"], recipe["data"]["eval_rows"] = seed, EVAL_ROWS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "ablation.yaml"
@@ -134,7 +140,7 @@ def run_recipe(folder: Path, seed: int, stage: Mapping[str, Any] | None) -> dict
 
 def values(stage: Mapping[str, Any], when: str) -> dict[str, float]:
     """An evaluation in a row."""
-    keys = ("accuracy", "ci95", "mean_tokens", "critical_share", "estimated_critical_share")
+    keys = ("accuracy", "ci95", "mean_tokens", "critical_share", "estimated_critical_share", "importance_auc")
     return {key: stage[key][when] for key in keys}
 
 
@@ -146,6 +152,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
         "accuracy": "accuracy",
         "completions/mean_length": "mean_tokens",
         "scpo/critical_share": "critical_share",
+        "scpo/importance_share": "importance_share",
         "step_time": "seconds",
     }
     rows = [row for row in MetricsLog(folder / "metrics.jsonl").rows() if row["stage"] == 3]
