@@ -64,7 +64,7 @@ class DataConfig:
 
     source: str
     split: str = "train"
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[Literal["prompt", "answer", "completion"], str] = field(default_factory=dict)
     system: str | None = None
     template: str = "{prompt}"
     rows: int | None = None
@@ -217,6 +217,7 @@ class Recipe:
         output: what is left behind.
         resume: ``auto`` goes on where a run of the same settings stopped, ``never`` starts over.
         seed: of everything random.
+        document: where all this was read, for messages.
     """
 
     name: str
@@ -230,10 +231,13 @@ class Recipe:
     output: OutputConfig = field(default_factory=OutputConfig)
     resume: Literal["auto", "never"] = "auto"
     seed: int = 0
+    document: Document = field(default_factory=lambda: Document("recipe", {}), compare=False, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting with its value, as plain YAML types."""
-        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        values = dataclasses.asdict(self)
+        del values["document"]
+        found: dict[str, Any] = json.loads(json.dumps(values))
         return found
 
     def dump(self) -> str:
@@ -241,6 +245,14 @@ class Recipe:
         values = self.as_dict()
         del values["name"]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    def trains_on_traces(self, index: int) -> bool:
+        """Whether a stage is fine-tuning on the data's own traces, not on what was sampled before."""
+        stage = self.stages[index]
+        if not isinstance(stage, SftStage):
+            return False
+        sampled = any(isinstance(earlier, RejectionSamplingStage) for earlier in self.stages[:index])
+        return stage.data == "traces" or (stage.data is None and not sampled)
 
     def stage_hash(self, index: int) -> str:
         """What decides the result of a stage: everything but where it is written."""
@@ -277,7 +289,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     stages = document.values.get("stages")
     if not isinstance(stages, list) or not stages:
         raise document.error(("stages",), "stages must be a list of at least one stage - add one")
-    known = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
+    known = {item.name for item in dataclasses.fields(Recipe)} - {"name", "document"}
     if unknown := [key for key in document.values if key not in known]:
         raise unknown_key(document, (unknown[0],), known)
     rest = build(_Rest, document, {k: v for k, v in document.values.items() if k not in ("stages", "reward")})
@@ -285,6 +297,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         name=path.stem,
         stages=tuple(_stage(document, stage, index) for index, stage in enumerate(stages)),
         reward=_rewards(document),
+        document=document,
         **{item.name: getattr(rest, item.name) for item in dataclasses.fields(rest)},
     )
     _check_order(document, recipe)

@@ -57,7 +57,7 @@ def plan(recipe: Recipe) -> Plan:
         build_reward(reward, recipe.steps)
     tokenizer = load_tokenizer(recipe)
     problems = load_problems(recipe.data, tokenizer, recipe.seed)
-    check_arguments(recipe, knows_importance=problems.weigh is not None)
+    check_arguments(recipe, problems)
     longest = max(len(tokenizer(row["prompt"]).input_ids) for row in problems.train[:1000])
     stages = tuple(_budget(recipe, index, len(problems.train)) for index in range(len(recipe.stages)))
     model = open_model(recipe, Weights(), trainable=True)

@@ -134,11 +134,12 @@ def _read(config: DataConfig) -> list[Row]:
             ) from error
         rows = list(data)
     theirs = {"prompt": "prompt", "answer": "answer", **config.columns}
-    missing = [column for column in theirs.values() if rows and column not in rows[0]]
-    if missing:
-        raise RecipeError(
-            f"{config.source} has no column {missing[0]} but {', '.join(rows[0])} - map it with data.columns"
-        )
+    for number, row in enumerate(rows, 1):
+        for column in theirs.values():
+            if column not in row:
+                raise RecipeError(
+                    f"{config.source}, row {number}: no column {column} but {', '.join(row)} - map it with data.columns"
+                )
     return [{**row, **{ours: row[column] for ours, column in theirs.items()}} for row in rows]
 
 

@@ -32,6 +32,9 @@ from thinkkv.sdk.files import write_whole
 FREE_BYTES = 256 * 2**20
 """Free space below which no run starts, besides what its weights need."""
 
+FULL_BYTES = 2**20
+"""Free space below which a failure is the full disk's."""
+
 
 class Reporter(Protocol):
     """Who is told how a run goes."""
@@ -65,18 +68,23 @@ def run(recipe: Recipe, folder: Path, reporter: Reporter) -> dict[str, Any]:
     """
     try:
         return _run(recipe, folder, reporter)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if _disk_is_full(error, folder):
             raise ThinkKVError(f"the disk of {folder} is full - free some space; the same command goes on") from error
         raise
 
 
+def _disk_is_full(error: Exception, folder: Path) -> bool:
+    """Whether a write failed for want of space; torch and safetensors say so with errors of their own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return shutil.disk_usage(folder).free < FULL_BYTES and not isinstance(error, ThinkKVError)
+
+
 def _run(recipe: Recipe, folder: Path, reporter: Reporter) -> dict[str, Any]:
     start, group = time.monotonic(), Processes.current()
-    if recipe.resume == "never" and group.main:
-        _clear(folder)
     if group.main:
-        write_whole(folder / "resolved.yaml", recipe.dump().encode())
+        _begin(recipe, folder)
     for reward in recipe.reward:
         build_reward(reward, recipe.steps)  # a wrong name must fail before hours of work
     tokenizer = load_tokenizer(recipe)
@@ -90,7 +98,7 @@ def _run(recipe: Recipe, folder: Path, reporter: Reporter) -> dict[str, Any]:
         reporter.step,
         reporter.note,
     )
-    check_arguments(recipe, knows_importance=work.problems.weigh is not None)
+    check_arguments(recipe, work.problems)
     group.wait()
     before = _initial(work, reporter)
     weights, results = Weights(), []
@@ -108,6 +116,18 @@ def _run(recipe: Recipe, folder: Path, reporter: Reporter) -> dict[str, Any]:
     return {**result, "seconds": round(time.monotonic() - start, 1)}
 
 
+def _begin(recipe: Recipe, folder: Path) -> None:
+    """Write down what will run, which shows before any work that the folder can be written to."""
+    try:
+        write_whole(folder / "resolved.yaml", recipe.dump().encode())
+        if recipe.resume == "never":
+            _clear(folder)
+    except OSError as error:
+        if _disk_is_full(error, folder):
+            raise
+        raise ThinkKVError(f"cannot write to {folder} ({error.strerror}) - choose another folder with --out") from error
+
+
 def _clear(folder: Path) -> None:
     """Forget an earlier run, and nothing that is not a run's."""
     for name in ("stages", "adapter", "merged"):
@@ -123,7 +143,8 @@ def _initial(work: Work, reporter: Reporter) -> Evaluation:
     known = _read(path)
     if known and known["hash"] == key:
         return Evaluation(**known["evaluation"])
-    model = open_model(work.recipe, Weights()).eval()
+    # With its adapter, which changes nothing yet: one that does not fit the model must fail now.
+    model = open_model(work.recipe, Weights(), trainable=True).eval()
     _check_space(work, model)
     found, _ = evaluate(
         model, work.tokenizer, work.problems, work.recipe, rank=work.processes.rank, world=work.processes.world
@@ -135,16 +156,30 @@ def _initial(work: Work, reporter: Reporter) -> Evaluation:
 
 
 def _check_space(work: Work, model: Any) -> None:
-    """Refuse to start what cannot be saved: weights with optimizer state, two checkpoints of them, and the result."""
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    tuned_whole = work.recipe.lora is None or any(getattr(stage, "tune", "") == "full" for stage in work.recipe.stages)
-    needed = FREE_BYTES + (size * 8 if tuned_whole else 0) + (size if work.recipe.output.merge else 0)
-    free = shutil.disk_usage(work.folder).free
+    """Refuse to start what cannot be saved."""
+    needed, free = space_needed(work.recipe, model), shutil.disk_usage(work.folder).free
     if free < needed:
         raise ThinkKVError(
             f"{work.folder} has {free / 2**30:.1f} GiB free and the run needs about {needed / 2**30:.1f} - "
             "free some space, or choose another folder with --out"
         )
+
+
+def space_needed(recipe: Recipe, model: Any) -> int:
+    """Bytes that a run leaves on disk at its worst moment.
+
+    Three checkpoints of what is trained, each with Adam's two moments (two are kept, and the oldest goes when the next
+    is whole), every stage's weights, the result's copy, the merged model if asked, and ``FREE_BYTES``.
+
+    Args:
+        recipe: what runs.
+        model: with its adapter, if it gets one.
+    """
+    full = any(getattr(stage, "tune", None) == "full" for stage in recipe.stages)
+    sizes = [(item.numel() * item.element_size(), full or item.requires_grad) for item in model.parameters()]
+    trained = sum(size for size, trains in sizes if trains)
+    merged = sum(size for size, _ in sizes) if recipe.output.merge else 0
+    return FREE_BYTES + trained * (3 * 3 + len(recipe.stages) + 1) + merged
 
 
 def _finished(work: Work, index: int) -> dict[str, Any] | None:

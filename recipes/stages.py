@@ -139,12 +139,10 @@ def _fine_tune(work: Work, index: int, stage: SftStage, before: Weights) -> Trai
     recipe, folder = work.recipe, work.stage_folder(index)
     arguments = sft_arguments(recipe, index, folder / "checkpoints")
     limit = arguments.max_length
-    sampled = _sampled_before(work, index)
-    if stage.data == "traces" or (stage.data is None and sampled is None):
+    if recipe.trains_on_traces(index):
         data = tokenise_traces(work.problems.train, work.tokenizer, limit)
     else:
-        assert sampled is not None
-        data = tokenise_samples(read_samples(sampled), work.tokenizer, limit)
+        data = tokenise_samples(read_samples(_sampled_before(work, index)), work.tokenizer, limit)
     if data.too_long:
         work.note(f"left out {data.too_long} rows longer than max_length {limit}, {len(data.rows)} remain")
     model = open_model(recipe, before, trainable=True, full=stage.tune == "full")
@@ -155,10 +153,10 @@ def _fine_tune(work: Work, index: int, stage: SftStage, before: Weights) -> Trai
     return _fit(work, index, trainer, before, full, {"rows": len(data.rows), "too_long": data.too_long})
 
 
-def _sampled_before(work: Work, index: int) -> Path | None:
+def _sampled_before(work: Work, index: int) -> Path:
     """What the last rejection sampling before a stage kept."""
-    earlier = [at for at in range(index) if isinstance(work.recipe.stages[at], RejectionSamplingStage)]
-    return work.stage_folder(earlier[-1]) / DATASET if earlier else None
+    last = max(at for at in range(index) if isinstance(work.recipe.stages[at], RejectionSamplingStage))
+    return work.stage_folder(last) / DATASET
 
 
 def _reinforce(work: Work, index: int, stage: ScpoStage | GrpoStage, before: Weights) -> Trained:

@@ -103,11 +103,33 @@ def build(kind: type[Made], document: Document, values: Any, path: Path_ = ()) -
         raise document.error(path, f"{_shown(path)}: {error} - correct it") from None
 
 
-def unknown_key(document: Document, path: Path_, known: Iterable[str]) -> RecipeError:
-    """The error for a key that nothing reads, with the nearest one that something does."""
+def check_options(document: Document, path: Path_, options: Mapping[str, Any], kind: type, library: str) -> None:
+    """Hold a block that another library's dataclass will read against its fields and their plain types.
+
+    Args:
+        document: where the block stands.
+        path: in it.
+        options: the block.
+        kind: the dataclass.
+        library: whose it is, for the message.
+
+    Raises:
+        RecipeError: an unknown key, or a plain value of another type.
+    """
+    hints = typing.get_type_hints(kind)
+    known = [item.name for item in dataclasses.fields(kind) if item.init]
+    for key, value in options.items():
+        if key not in known:
+            raise unknown_key(document, (*path, key), known, otherwise=f"see {library}'s {kind.__name__}")
+        if _is_plain(hints[key]):
+            _convert(hints[key], document, value, (*path, key))
+
+
+def unknown_key(document: Document, path: Path_, known: Iterable[str], otherwise: str | None = None) -> RecipeError:
+    """The error for a key that nothing reads, with the nearest one that something does, else all or ``otherwise``."""
     names = sorted(known)
     close = difflib.get_close_matches(str(path[-1]), names, n=1)
-    advice = f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
+    advice = f"did you mean {close[0]}?" if close else otherwise or f"known: {', '.join(names)}"
     return document.error(path, f"unknown key {_shown(path)} - {advice}")
 
 
@@ -172,12 +194,24 @@ def _convert(hint: Any, document: Document, value: Any, path: Path_) -> Any:
     if (origin or hint) in (Mapping, dict) or origin is Mapping:
         if not isinstance(value, Mapping):
             raise document.error(path, f"{_shown(path)} is {_described(value)} - write a mapping of keys")
+        if typing.get_origin(arguments[0]) is typing.Literal:
+            known = typing.get_args(arguments[0])
+            if unknown := [key for key in value if key not in known]:
+                raise unknown_key(document, (*path, unknown[0]), known)
         return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
         raise document.error(path, f"{_shown(path)} is {_described(value)} - write {_NAMES.get(hint, hint.__name__)}")
     return value
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a type says all about its values: numbers, texts, booleans and choices, perhaps none."""
+    if typing.get_origin(hint) is typing.Literal:
+        return True
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return set(parts) <= {int, float, bool, str, type(None)}
 
 
 def _convert_union(options: Sequence[Any], document: Document, value: Any, path: Path_) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkkv.patches.errors import RecipeError
 from thinkkv.recipes.config import GrpoStage, Recipe, ScpoStage, SftStage
+from thinkkv.recipes.problems import Problems
+from thinkkv.recipes.strict_yaml import check_options
 from thinkkv.recipes.weights import lora_config
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ def rl_arguments(recipe: Recipe, index: int, folder: Path) -> Any:
     }
     found = _arguments(GRPOConfig, recipe, index, folder, defaults)
     if found.use_vllm and recipe.rollout.policy != "full":
-        raise RecipeError(
-            f"stages.{index}: vLLM samples with its own cache - set rollout.policy to full, or drop use_vllm"
+        raise recipe.document.error(
+            ("stages", index, "args", "use_vllm"),
+            f"stages.{index}: vLLM samples with its own cache - set rollout.policy to full, or drop use_vllm",
         )
     return found
 
@@ -55,26 +56,41 @@ def scpo_settings(stage: ScpoStage, seed: int) -> SCPO:
     return SCPO(seed=seed, **{key: value for key, value in vars(stage).items() if key not in ("kind", "args")})
 
 
-def check_arguments(recipe: Recipe, *, knows_importance: bool) -> None:
+def check_arguments(recipe: Recipe, problems: Problems) -> None:
     """Make every stage's arguments once, so that a mistake in the last stage shows before the first one runs.
 
     Args:
         recipe: the recipe.
-        knows_importance: whether its task has an oracle.
+        problems: its own.
 
     Raises:
-        RecipeError: one of them makes no sense.
+        RecipeError: one of them makes no sense, or asks for what the problems do not have.
     """
     from thinkkv.recipes.smartthinker.scpo import check
 
     for index, stage in enumerate(recipe.stages):
         if isinstance(stage, SftStage):
             sft_arguments(recipe, index, Path("unused"))
+            if recipe.trains_on_traces(index):
+                _check_traces(recipe, index, problems)
         if isinstance(stage, (ScpoStage, GrpoStage)):
             arguments = rl_arguments(recipe, index, Path("unused"))
             if isinstance(stage, ScpoStage):
-                check(arguments, scpo_settings(stage, recipe.seed), knows_importance=knows_importance)
-    lora_config(recipe.lora or {})
+                try:
+                    check(arguments, scpo_settings(stage, recipe.seed), knows_importance=problems.weigh is not None)
+                except RecipeError as error:
+                    raise recipe.document.error(("stages", index), f"stages.{index}: {error}") from None
+    lora_config(recipe)
+
+
+def _check_traces(recipe: Recipe, index: int, problems: Problems) -> None:
+    bare = sum(not isinstance(row.get("completion"), str) for row in problems.train)
+    if bare:
+        raise recipe.document.error(
+            ("stages", index),
+            f"stages.{index} trains on traces and {bare} of {len(problems.train)} rows of {recipe.data.source} have "
+            "no completion - map it with data.columns, or put a rejection_sampling stage before",
+        )
 
 
 def _arguments(kind: Any, recipe: Recipe, index: int, folder: Path, defaults: dict[str, Any]) -> Any:
@@ -82,14 +98,12 @@ def _arguments(kind: Any, recipe: Recipe, index: int, folder: Path, defaults: di
 
     stage = recipe.stages[index]
     given = dict(getattr(stage, "args", {}))
-    known = {item.name for item in dataclasses.fields(kind) if item.init}
-    owned = {"output_dir", "seed", "report_to"} & set(given)
-    if owned:
-        raise RecipeError(f"stages.{index}.args.{min(owned)} is set by the recipe - use output, or seed")
-    if unknown := sorted(set(given) - known):
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        advice = f"did you mean {close[0]}?" if close else f"see TRL's {kind.__name__}"
-        raise RecipeError(f"stages.{index}.args has an unknown key {unknown[0]} - {advice}")
+    place = ("stages", index, "args")
+    for key in given:
+        if key in ("output_dir", "seed", "report_to"):
+            problem = f"stages.{index}.args.{key} is set by the recipe - use output, or seed"
+            raise recipe.document.error((*place, key), problem)
+    check_options(recipe.document, place, given, kind, "TRL")
     cuda = torch.cuda.is_available()
     ours = {
         "logging_steps": 1,
@@ -106,4 +120,5 @@ def _arguments(kind: Any, recipe: Recipe, index: int, folder: Path, defaults: di
     try:
         return kind(**{**ours, **defaults, **given})
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"stages.{index}.args: {' '.join(str(error).split())} - see TRL's {kind.__name__}") from None
+        problem = f"stages.{index}.args: {' '.join(str(error).split())} - see TRL's {kind.__name__}"
+        raise recipe.document.error(place, problem) from None

@@ -5,13 +5,12 @@ A run has a base (the recipe's model, or what a full tuning made of it) and perh
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from thinkkv.patches.errors import RecipeError
 from thinkkv.recipes.config import ModelConfig, Recipe
+from thinkkv.recipes.strict_yaml import check_options
 
 
 @dataclass(frozen=True)
@@ -60,24 +59,29 @@ def open_model(recipe: Recipe, weights: Weights, *, trainable: bool = False, ful
 
     if weights.adapter is not None:
         return PeftModel.from_pretrained(model, weights.adapter, is_trainable=trainable)
-    return get_peft_model(model, lora_config(recipe.lora or {})) if trainable else model
+    if not trainable:
+        return model
+    try:
+        return get_peft_model(model, lora_config(recipe))
+    except ValueError as error:  # the model has no such modules, or more
+        problem = f"lora does not fit the model: {str(error).splitlines()[0]} - see PEFT's LoraConfig"
+        raise recipe.document.error(("lora",), problem) from None
 
 
-def lora_config(options: Mapping[str, Any]) -> Any:
+def lora_config(recipe: Recipe) -> Any:
     """PEFT's configuration of the recipe's ``lora`` block.
 
     Raises:
-        RecipeError: PEFT does not know an option.
+        RecipeError: PEFT does not know an option, or what to do with its value.
     """
     from peft import LoraConfig
 
-    known = {item.name for item in dataclasses.fields(LoraConfig)}
-    if unknown := sorted(set(options) - known):
-        raise RecipeError(f"lora has an unknown key {unknown[0]} - see PEFT's LoraConfig")
+    options = dict(recipe.lora or {})
+    check_options(recipe.document, ("lora",), options, LoraConfig, "PEFT")
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **options})
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"lora: {error} - see PEFT's LoraConfig") from None
+        raise recipe.document.error(("lora",), f"lora: {error} - see PEFT's LoraConfig") from None
 
 
 def _base(recipe: Recipe, weights: Weights) -> Any:

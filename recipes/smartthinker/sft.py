@@ -28,17 +28,9 @@ class Tokenised:
 
 
 def tokenise_traces(rows: Iterable[dict[str, Any]], tokenizer: Any, limit: int | None) -> Tokenised:
-    """Rows with a prompt and a completion text.
-
-    Raises:
-        ThinkKVError: a row has no completion.
-    """
+    """Rows with a prompt and a completion text."""
     pairs = []
     for row in rows:
-        if not isinstance(row.get("completion"), str):
-            raise ThinkKVError(
-                "sft on traces needs a completion in every row - map it with data.columns, or sample before"
-            )
         ids = tokenizer(row["completion"], add_special_tokens=False).input_ids
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]

@@ -121,7 +121,7 @@ class TestSources:
     def test_mistakes(self, tmp_path: Path) -> None:
         path = tmp_path / "data.jsonl"
         path.write_text('{"prompt": "p"}\n')
-        with pytest.raises(RecipeError, match="no column answer but prompt"):
+        with pytest.raises(RecipeError, match="row 1: no column answer but prompt"):
             load_problems(DataConfig(str(path), eval_rows=0), object(), 0)
         path.write_text("[1]\n")
         with pytest.raises(ThinkKVError, match="line 1 is no JSON object"):

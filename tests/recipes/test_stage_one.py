@@ -83,11 +83,6 @@ def test_nothing_left_to_train_on_is_an_error() -> None:
         tokenise_samples([sample(0, 8, 9, 1, prompt=" 3")], tokenizer(), limit=2)
 
 
-def test_traces_must_have_a_completion() -> None:
-    with pytest.raises(ThinkKVError, match="needs a completion"):
-        tokenise_traces([{"prompt": "x", "answer": "1"}], tokenizer(), limit=None)
-
-
 def test_metrics_are_rewound_to_a_checkpoint(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for stage, step in ((0, 1), (0, 2), (1, 1), (1, 2), (1, 3)):
