@@ -43,13 +43,16 @@ class LlamaCpp:
         except Exception as error:
             raise ExportError(f"llama.cpp cannot load {path} ({error}) - export again") from error
 
-    def complete(self, prompt: str | Sequence[int], new: int, *, ignore_end: bool = False) -> dict[str, Any]:
+    def complete(
+        self, prompt: str | Sequence[int], new: int, *, ignore_end: bool = False, reuse_cache: bool = False
+    ) -> dict[str, Any]:
         """Greedy continuation.
 
         Args:
             prompt: a text, which llama.cpp tokenizes, or token ids.
             new: tokens at most.
             ignore_end: go on after the model's end of text.
+            reuse_cache: keep what the cache already holds of this prompt.
 
         Returns:
             llama.cpp's answer: ``choices`` with the text, ``usage``, ``timings``.
@@ -59,7 +62,7 @@ class LlamaCpp:
             "max_tokens": new,
             "temperature": 0.0,
             "top_k": 1,
-            "cache_prompt": False,
+            "cache_prompt": reuse_cache,
             "ignore_eos": ignore_end,
         }
         answer: dict[str, Any] = self._server.handle_completions(request)
