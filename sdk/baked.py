@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkkv.patches.errors import PatchStateError, ProfileMismatchError
+from thinkkv.patches.errors import PatchStateError
 from thinkkv.sdk import model_sources, models
 
 if TYPE_CHECKING:
@@ -17,6 +17,21 @@ if TYPE_CHECKING:
     from thinkkv.sdk.patching import PatchHandle
 
 BLOCK_FILE = "thinkkv.json"
+
+
+@dataclass(frozen=True)
+class BakedOptions:
+    """How an exported checkpoint is patched unless the caller says otherwise.
+
+    Args:
+        policy, ratio, budget: as baked.
+        profile: the checkpoint's folder, where it has a profile.
+    """
+
+    policy: str
+    ratio: float | None
+    budget: int | None
+    profile: Path | None
 
 
 def load(
@@ -40,12 +55,34 @@ def load(
         UnsupportedModelError: transformers has no causal language model for it.
         MissingExtraError: reading it needs a package that is not installed.
         ProfileMismatchError: an exported checkpoint's profile is damaged or not its own.
+        BundleError: an exported checkpoint is not what its manifest says, or newer than this thinkkv.
     """
+    options = baked_options(name)
     model, tokenizer = models.load(name, dtype=dtype, device=device)
-    folder = Path(name).expanduser()
-    if (folder / BLOCK_FILE).is_file() and os.fspath(name) not in model_sources.ALIASES:
-        _patch(model, folder)
+    if options is not None:
+        from thinkkv.sdk.patching import apply  # loads torch, which finding out that a name is wrong does not need
+
+        apply(model, **vars(options))
     return model, tokenizer
+
+
+def baked_options(name: str | os.PathLike[str]) -> BakedOptions | None:
+    """What an exported checkpoint was baked with; None for other models. Nothing of it is loaded.
+
+    Raises:
+        BundleError: it is not what its manifest says, or newer than this thinkkv.
+    """
+    folder = Path(name).expanduser()
+    if os.fspath(name) in model_sources.ALIASES or not (folder / BLOCK_FILE).is_file():
+        return None
+    from thinkkv.export import bundle  # only exported checkpoints need these two
+    from thinkkv.export.block import Block
+
+    if (folder / bundle.MANIFEST_FILE).is_file():
+        bundle.verify(folder)
+    block = Block.read(folder)
+    profile = folder if block.calibration is not None else None
+    return BakedOptions(block.policy, block.ratio, block.budget, profile)
 
 
 def handle_of(model: Any) -> PatchHandle:
@@ -60,16 +97,3 @@ def handle_of(model: Any) -> PatchHandle:
         raise PatchStateError("the model is not patched - call sdk.apply(model) first")
     handle: PatchHandle = vars(model)[HANDLE]
     return handle
-
-
-def _patch(model: Any, folder: Path) -> None:
-    from thinkkv.sdk.patching import apply  # loads torch, which finding out that a name is wrong does not need
-
-    path = folder / BLOCK_FILE
-    try:
-        block = json.loads(path.read_text(encoding="utf-8"))
-        policy, ratio, budget = block["policy"], block["ratio"], block["budget"]
-        profile = folder if block["calibration"] is not None else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ProfileMismatchError(f"{path} is damaged ({error}) - export again") from error
-    apply(model, policy=policy, ratio=ratio, budget=budget, profile=profile)

@@ -75,12 +75,14 @@ def generate(
 ) -> None:
     """Generate text with a heterogeneous cache.
 
-    The prompt comes from --prompt, --prompt-file or standard input.
+    The prompt comes from --prompt, --prompt-file or standard input. A checkpoint that `thinkkv export` wrote brings
+    its own policy, budget and profile.
     """
     check_budget(ratio, budget)
     text = prompt_text(prompt, prompt_file)
     if model is None:
         model, profile, policy, ratio, budget = _newest(profile, policy, ratio, budget)
+    profile, policy, ratio, budget = _as_baked(model, profile, policy, ratio, budget)
     from thinkkv.sdk import model_sources, models
 
     source = model_sources.resolve(model)
@@ -125,6 +127,24 @@ def _newest(
     if ratio is None and budget is None:
         ratio, budget = result["ratio"], result["budget"]
     return result["model"], profile, policy, ratio, budget
+
+
+def _as_baked(
+    model: str, profile: Path | None, policy: str | None, ratio: float | None, budget: int | None
+) -> tuple[Path | None, str | None, float | None, int | None]:
+    """Profile, policy and budget of an exported checkpoint, except where the call says otherwise."""
+    from thinkkv.sdk.baked import baked_options
+
+    baked = baked_options(model)
+    if baked is None:
+        return profile, policy, ratio, budget
+    if policy is None and profile is None:
+        policy = baked.policy
+    if policy == baked.policy:
+        profile = profile or baked.profile
+    if ratio is None and budget is None:
+        ratio, budget = baked.ratio, baked.budget
+    return profile, policy, ratio, budget
 
 
 def _show(done: Generated) -> None:

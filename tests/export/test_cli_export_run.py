@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from click.testing import CliRunner
 
 from tests.export.baking import profile_of
 from tests.tiny_models import new_model
-from thinkkv.export.bundle import verify
-from thinkkv.sdk import extras
+from thinkkv import sdk
+from thinkkv.export.bundle import verify, write_manifest
+from thinkkv.patches.errors import BundleError
+from thinkkv.sdk import extras, generate_text, models
 from thinkkv.sdk.cli import main
 from thinkkv.sdk.outputs import finish
 
@@ -106,12 +110,82 @@ def test_nothing_to_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "thinkkv patch" in call("export", "--format", "onnx", code=1).stderr
 
 
-def test_a_checkpoint_is_exported_and_verified(checkpoint: Path, tmp_path: Path) -> None:
-    out, profile = tmp_path / "out", checkpoint.parent / "profile"
+@pytest.fixture(scope="module")
+def baked(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An exported checkpoint, and what the command said."""
+    out, profile = tmp_path_factory.mktemp("baked") / "out", checkpoint.parent / "profile"
     options = ["--profile", str(profile), "--budget", "300", "--out", str(out), "--json"]
     done = call("export", "--model", str(checkpoint), "--format", "safetensors", *options)
-    assert json.loads(done.stdout)["verified"]["greedy_tokens_equal"] is True
-    assert "no ONNX bundle" in call("run", str(out), "--prompt", "x", code=1).stderr
+    return out, json.loads(done.stdout)
+
+
+def test_a_checkpoint_is_exported_and_verified(baked: tuple[Path, dict[str, Any]]) -> None:
+    assert baked[1]["verified"]["greedy_tokens_equal"] is True
+    assert "no ONNX bundle" in call("run", str(baked[0]), "--prompt", "x", code=1).stderr
+
+
+GENERATED: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "as baked": ([], {"policy": "task-kv", "ratio": None, "budget": 300, "profile": True}),
+    "other ratio": (["--ratio", "0.9"], {"policy": "task-kv", "ratio": 0.9, "budget": None, "profile": True}),
+    "other policy": (["--policy", "full"], {"policy": "full", "ratio": None, "budget": 300, "profile": False}),
+}
+
+
+@pytest.mark.parametrize("case", GENERATED)
+def test_generate_uses_what_was_baked(
+    baked: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    options, expected = GENERATED[case]
+    real, used = generate_text.apply, dict[str, Any]()
+    monkeypatch.setattr(generate_text, "apply", lambda model, **named: used.update(named) or real(model, **named))
+    call("generate", "--model", str(baked[0]), "--prompt", "what is it?", "--max-new-tokens", "3", *options)
+    used["profile"] = used["profile"] is not None
+    assert {name: used[name] for name in expected} == expected
+
+
+def change(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_bytes(path.read_bytes().replace(b"4", b"5", 1))
+
+
+def newer(folder: Path, file: str) -> None:
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
+
+
+def newer_block(folder: Path) -> None:
+    newer(folder, "thinkkv.json")
+    write_manifest(folder)
+
+
+def leaving(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace("config.json", "../config.json", 1))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "changed": (change, "was changed since its export"),
+    "missing": (lambda folder: (folder / "generation_config.json").unlink(), "lacks generation_config.json"),
+    "extra": (lambda folder: (folder / "more.py").write_text("x"), "holds more.py"),
+    "leaving": (leaving, "leaves the folder"),
+    "newer manifest": (lambda folder: newer(folder, "manifest.json"), "upgrade thinkkv"),
+    "newer block": (newer_block, "upgrade thinkkv"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_before_it_is_loaded(
+    baked: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    harm, message = DAMAGES[damage]
+    folder = shutil.copytree(baked[0], tmp_path / "copy")
+    harm(folder)
+    monkeypatch.setattr(models, "load", None)
+    with pytest.raises(BundleError, match=message):
+        sdk.load(folder)
+    stderr = call("generate", "--model", str(folder), "--prompt", "x", code=1).stderr
+    assert message in stderr
+    assert len(stderr.strip().splitlines()) == 1
 
 
 def test_a_missing_extra_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
