@@ -272,7 +272,8 @@ class TestForward:
         with sdk.apply(model, policy=SMALL_TASK_KV, ratio=0.9):
             expected = turns(torch.no_grad, torch.no_grad)
             found = turns(first, then)
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        # Where a gradient is wanted another kernel attends, so the last bits may differ.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 class TestCrop:
