@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from decode_speed import copy_bandwidth, prompt_ids
+from decode_speed import copy_bandwidth, prompt_batch
 from environment import save
 from rich.console import Console
 from rich.table import Table
@@ -111,8 +111,8 @@ def layouts(dtype: torch.dtype, tokens: int, turns: int) -> list[dict[str, Any]]
 def prefill(dtype: str, context: int, turns: int) -> list[dict[str, Any]]:
     """What share of a prompt's time goes to choosing and moving what is kept."""
     model, tokenizer = sdk.load("smollm2-135m", dtype=dtype)
-    ids = prompt_ids(tokenizer, context, 1)
-    whole = HeterogeneousLayer._compact
+    ids = prompt_batch(tokenizer, context, 1)
+    whole = HeterogeneousLayer.compact
     rows = []
     for policy in ("full", "task-kv"):
         shares, seconds = [], []
@@ -125,7 +125,7 @@ def prefill(dtype: str, context: int, turns: int) -> list[dict[str, Any]]:
                 whole(*args)
                 spent += time.perf_counter() - start
 
-            with sdk.apply(model, policy=policy, ratio=0.25), patch.object(HeterogeneousLayer, "_compact", timed):
+            with sdk.apply(model, policy=policy, ratio=0.25), patch.object(HeterogeneousLayer, "compact", timed):
                 start = time.perf_counter()
                 model(ids, logits_to_keep=1)
                 seconds.append(time.perf_counter() - start)

@@ -9,8 +9,6 @@ and ratios to stock from the same run. ``--memory`` measures peak memory instead
 from __future__ import annotations
 
 import argparse
-import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,8 +26,9 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from thinkkv import sdk
+from thinkkv.sdk.speed.peak import own_peak
+from thinkkv.sdk.speed.prompt import prompt_ids
 
-PROMPTS = Path(__file__).parent.parent / "sdk" / "prompts"
 STEPS_PER_TURN = 6
 
 
@@ -72,13 +71,9 @@ class Run:
     decode: list[float] = field(default_factory=list)
 
 
-def prompt_ids(tokenizer: Any, context: int, batch: int) -> torch.Tensor:
+def prompt_batch(tokenizer: Any, context: int, batch: int) -> torch.Tensor:
     """[batch, context] token ids of the project's own prompt texts."""
-    lines = (PROMPTS / "calibration.jsonl").read_text().splitlines()
-    text = (PROMPTS / "demo.txt").read_text() + "\n".join(json.loads(line)["prompt"] for line in lines)
-    ids = tokenizer(text).input_ids
-    ids = (ids * (context // len(ids) + 1))[:context]
-    return torch.tensor([ids] * batch)
+    return torch.tensor([prompt_ids(tokenizer, context)] * batch)
 
 
 @torch.inference_mode()
@@ -179,9 +174,9 @@ def child(arguments: argparse.Namespace) -> None:
     policy, ratio = arguments.child
     model, tokenizer = sdk.load(arguments.model, dtype=arguments.dtypes)
     run = Run(Setting(None if policy == "None" else policy, float(ratio)))
-    prefill(model, run, prompt_ids(tokenizer, int(arguments.contexts), arguments.batch))
+    prefill(model, run, prompt_batch(tokenizer, int(arguments.contexts), arguments.batch))
     decode(model, run, 4)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(own_peak())
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -229,7 +224,7 @@ def main() -> None:
                     for s in settings
                 ]
             else:
-                ids = prompt_ids(tokenizer, context, arguments.batch)
+                ids = prompt_batch(tokenizer, context, arguments.batch)
                 found = measure(model, ids, settings, arguments.turns, arguments.prefills)
             rows += [{"model": arguments.model, "dtype": dtype, **entry} for entry in found]
             show(rows[-len(found) :])

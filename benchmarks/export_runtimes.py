@@ -17,6 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from thinkkv.export.onnx.slots import GENAI_SLACK
+from thinkkv.sdk.speed.peak import own_peak
+
 TEXT = Path(__file__).parent.parent / "sdk" / "prompts" / "demo.txt"
 BUNDLES = {"ours-int4": "ours", "stock-int4": "stock", "stock-int4-pruned": "stock-pruned"}
 """Exported for ONNX Runtime: settings and their folders."""
@@ -76,7 +79,7 @@ class FilledOnnx:
         self._session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), options)
         self._binding, self._seen, self._caches = self._session.io_binding(), context, []
         self._binding.bind_output("logits")
-        slots = config.get("sliding_window", {}).get("window_size", 0) + 16
+        slots = config.get("sliding_window", {}).get("window_size", 0) + GENAI_SLACK
         for value in self._session.get_inputs():
             if value.name.startswith("past_key_values."):
                 _, heads, length, _ = value.shape
@@ -188,7 +191,7 @@ def _answer(runtime: Runtime, request: list[str]) -> Any:
         return runtime.prefill()
     if request[0] == "decode":
         return runtime.decode(int(request[1]))
-    peak = _peak_rss()  # first: asking for caches may copy them
+    peak = own_peak()  # first: asking for caches may copy them
     return {"peak_rss_bytes": peak, "cache_bytes": runtime.cache_bytes()}
 
 
@@ -216,12 +219,6 @@ def _seconds(action: Callable[[], Any]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
-
-
-def _peak_rss() -> int:
-    """Of this process; Linux' own count, as that of getrusage is inherited from the parent."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ class HeterogeneousLayer(CacheLayerMixin):
                 query, keys, values, scale=scale, real=real, window=self.shape.window, dropout=dropout
             )
             with _bookkeeping():
-                self._compact(query, keys, values, scale, real)
+                self.compact(query, keys, values, scale, real)
         else:
             if keys.requires_grad:
                 keys, values = keys.detach(), values.detach()
@@ -156,6 +156,39 @@ class HeterogeneousLayer(CacheLayerMixin):
                     self._cut_back(self.store, query, scale, real)
         self.seen += query.shape[2]
         return out
+
+    def compact(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        real: torch.Tensor | None,
+    ) -> None:
+        """Fill the store with what the policy keeps of a prompt, sequence by sequence.
+
+        Args:
+            query: [B, Hq, N, D], the prompt's.
+            keys, values: [B, n, N, D], contiguous.
+            scale: softmax scale.
+            real: [B, N] bool, False at padding; None where there is none.
+        """
+        batch, kv_heads, tokens, _ = keys.shape
+        columns: list[Any] = [slice(0, tokens)] * batch if real is None else real_tokens(real)
+        kept: list[Kept] = []
+        plans, ends = [], []
+        for sequence, mine in enumerate(columns):
+            column = torch.arange(tokens, device=keys.device)[mine]
+            plan, first = self._plan([tensor[sequence, :, mine] for tensor in (query, keys, values)], scale)
+            for head, chosen in enumerate(plan.kept):
+                positions = chosen + first
+                kept.append(Kept(column[positions], positions.to(torch.int32), self._limit(plan, head)))
+            plans.append(self._summary(plan, len(column), first))
+            ends += [len(column)] * kv_heads
+        following = torch.tensor(ends, dtype=torch.int32, device=keys.device)
+        self.store = LayerStore(keys.flatten(0, 1), values.flatten(0, 1), kept, following)
+        self.plans = tuple(plans)
+        self.is_initialized = True
 
     def prepare_step(self) -> None:
         """Before a compiled step: room for its token, and everything that it reads in place."""
@@ -198,32 +231,6 @@ class HeterogeneousLayer(CacheLayerMixin):
         if self.store is not None:
             self.store.truncate(tokens)
             self.seen -= tokens
-
-    def _compact(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scale: float,
-        real: torch.Tensor | None,
-    ) -> None:
-        """Keep of the prompt what the policy says, sequence by sequence."""
-        batch, kv_heads, tokens, _ = keys.shape
-        columns: list[Any] = [slice(0, tokens)] * batch if real is None else real_tokens(real)
-        kept: list[Kept] = []
-        plans, ends = [], []
-        for sequence, mine in enumerate(columns):
-            column = torch.arange(tokens, device=keys.device)[mine]
-            plan, first = self._plan([tensor[sequence, :, mine] for tensor in (query, keys, values)], scale)
-            for head, chosen in enumerate(plan.kept):
-                positions = chosen + first
-                kept.append(Kept(column[positions], positions.to(torch.int32), self._limit(plan, head)))
-            plans.append(self._summary(plan, len(column), first))
-            ends += [len(column)] * kv_heads
-        following = torch.tensor(ends, dtype=torch.int32, device=keys.device)
-        self.store = LayerStore(keys.flatten(0, 1), values.flatten(0, 1), kept, following)
-        self.plans = tuple(plans)
-        self.is_initialized = True
 
     def _summary(self, plan: KeepPlan, prompt_tokens: int, first: int) -> SequencePlan:
         """What a report needs of a plan; ``first`` is the position of the plan's entry 0."""

@@ -71,7 +71,7 @@ def generate_bundle(
         BundleError: the folder holds no runnable bundle.
         ExportError: the prompt does not fit the model's context.
     """
-    config, capacity = _settings(folder)
+    config, capacity = settings_of(folder)
     tokenizer = BundleTokenizer(folder)
     ids = tokenizer.encode(prompt, chat=chat)
     if len(ids) + max_new_tokens > config["context_length"]:
@@ -105,8 +105,12 @@ def generate_bundle(
     )
 
 
-def _settings(folder: Path) -> tuple[dict[str, Any], int]:
-    """The model's part of ``genai_config.json``, and the capacity of the bounded caches."""
+def settings_of(folder: Path) -> tuple[dict[str, Any], int]:
+    """The model's part of ``genai_config.json``, and the capacity of the bounded caches.
+
+    Raises:
+        BundleError: the folder holds no bundle that plain ONNX Runtime can run here.
+    """
     try:
         config = json.loads((folder / GENAI_FILE).read_text(encoding="utf-8"))["model"]
         runtime = json.loads((folder / BLOCK_FILE).read_text(encoding="utf-8"))["onnx"]

@@ -108,12 +108,13 @@ def _run(evaluation: Evaluation, cells: Sequence[Cell], samples: int, folder: Pa
     from thinkkv.sdk.evaluation.rows import rows
     from thinkkv.sdk.machine import machine, versions
 
-    journal = Journal(folder / "samples.jsonl", evaluation.identity)
+    identity = evaluation.identity
+    journal = Journal(folder / "samples.jsonl", identity)
     if journal.outcomes:
         console.print(f"going on in {folder}, which holds {len(journal.outcomes)} outcomes", highlight=False)
     evaluation.run(cells, samples, journal, track)
     found = rows(journal, cells, evaluation.settings, samples)
-    return {**evaluation.identity, "rows": found, "machine": machine(), "versions": versions()}
+    return {**identity, "rows": found, "machine": machine(), "versions": versions()}
 
 
 def _finish(folder: Path, result: Mapping[str, Any]) -> None:

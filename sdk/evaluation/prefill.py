@@ -22,7 +22,7 @@ class _RecordingLayer(HeterogeneousLayer):
 
     prompt: tuple[Any, ...]
 
-    def _compact(self, *prompt: Any) -> None:
+    def compact(self, *prompt: Any) -> None:
         self.prompt = prompt
 
 
@@ -44,7 +44,7 @@ class Prefill:
         """A cache as this compression would have left it after the prompts."""
         cache = HeterogeneousCache(compression)
         for layer, recorded in zip(cache.layers, self.layers, strict=True):
-            layer._compact(*recorded.prompt)
+            layer.compact(*recorded.prompt)
             layer.seen = recorded.seen
         return cache
 

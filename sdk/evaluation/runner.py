@@ -21,7 +21,6 @@ from thinkkv.sdk.report import report
 Question = Literal["in-window", "after"]
 """Whether the question is compressed with the context, or comes after the compression."""
 
-QUESTIONS: tuple[Question, ...] = ("in-window", "after")
 ANSWER_MARGIN = 8
 """Tokens that an answer may have beyond the expected text."""
 

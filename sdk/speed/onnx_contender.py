@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from thinkkv.export.block import Block
 from thinkkv.export.bundle import verify
+from thinkkv.export.onnx.generate import settings_of
 from thinkkv.export.onnx.session import Conversation, Session
-from thinkkv.patches.errors import BundleError
 from thinkkv.sdk.speed.contender import Contender, Held
-
-BLOCK_FILE = "thinkkv.json"
 
 
 class OnnxContender(Contender):
@@ -30,13 +27,9 @@ class OnnxContender(Contender):
 
     def __init__(self, folder: Path, threads: int | None) -> None:
         verify(folder)
-        try:
-            block = json.loads((folder / BLOCK_FILE).read_text(encoding="utf-8"))
-            slots = block["onnx"]["slots"]
-            self.policy, self.ratio = block["policy"], block["ratio"] or 1.0
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"{folder} is no ONNX bundle ({error}) - run `thinkkv export --format onnx`") from None
-        self._slots = _capacity(slots)
+        block = Block.read(folder)
+        self.policy, self.ratio = block.policy, block.ratio or 1.0
+        _, self._slots = settings_of(folder)
         self._session = Session(folder, threads=threads)
         self._conversation: Conversation | None = None
         self._token = 0
@@ -56,9 +49,3 @@ class OnnxContender(Contender):
         """Of the bound buffers."""
         assert self._conversation is not None
         return Held(**self._conversation.bytes)
-
-
-def _capacity(slots: dict[str, Any] | None) -> int:
-    from thinkkv.export.onnx.slots import Slots
-
-    return Slots(**slots).capacity if slots else 0

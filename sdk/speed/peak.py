@@ -46,11 +46,14 @@ def _run(job: dict[str, Any]) -> None:
         contender.prefill(ids, STEPS + 1)
         for _ in range(STEPS):
             contender.step()
-    print(_own_peak())  # noqa: T201  (read by the parent)
+    print(own_peak())  # noqa: T201  (read by the parent)
 
 
-def _own_peak() -> int:
-    """Bytes; on Linux from /proc, because the maximum that getrusage knows is handed down from the parent process."""
+def own_peak() -> int:
+    """Peak resident bytes of this process.
+
+    On Linux from /proc, because the maximum that getrusage knows is handed down from the parent process.
+    """
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith("VmHWM:"):

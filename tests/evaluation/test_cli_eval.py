@@ -7,17 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import new_model
-
 KEYS = {"task", "policy", "ratio", "context", "samples", "score", "ci95", "cache_bytes", "question", "used_bytes"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, char_tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    new_model("llama", 2).save_pretrained(folder)
-    char_tokenizer.save_pretrained(folder)
-    return folder
 
 
 def arguments(checkpoint: Path, *more: object) -> list[object]:
