@@ -22,13 +22,14 @@ class NoKernelError(RuntimeError):
 def load(source: Path) -> ctypes.CDLL:
     """The library of one source file, compiled where that has not been done.
 
-    Compiled code is kept in the user's cache folder, by source, compiler and processor.
+    Compiled code is kept in the user's cache folder, by source, headers in the folder above, compiler and processor.
 
     Raises:
         NoKernelError: there is no compiler, or what it makes does not compile or load.
     """
     compiler = _compiler()
-    identity = [source.read_bytes(), repr(compiler).encode(), _target(compiler)]
+    sources = (source, *sorted(source.parents[1].glob("*.h")))
+    identity = [*(path.read_bytes() for path in sources), repr(compiler).encode(), _target(compiler)]
     digest = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     library = Path(root, "thinkkv", "kernels", f"{source.parent.name}-{digest}.so")

@@ -21,11 +21,14 @@ VARIABLE = "THINKKV_KERNELS"
 """Environment variable that forces an implementation."""
 
 Backend = Literal["torch", "native", "triton", "reference"]
-Operation = Literal["window_scores", "semantic_vector", "compact", "append", "ragged_decode"]
+Operation = Literal["window_scores", "semantic_vector", "compact", "append", "ragged_decode", "linear"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
-NATIVE_OPERATIONS: tuple[Operation, ...] = ("append", "ragged_decode")
-"""What ``native`` does itself; the others are plain torch there."""
+OWN_OPERATIONS: dict[str, tuple[Operation, ...]] = {
+    "native": ("append", "ragged_decode", "linear"),
+    "triton": ("window_scores", "semantic_vector", "compact", "append", "ragged_decode"),
+}
+"""What has a kernel; the others are plain torch there."""
 
 ROW_OPERATIONS: tuple[Operation, ...] = ("compact", "append", "ragged_decode")
 """Operations on a layer's arena; the others take dense tensors."""
@@ -40,7 +43,7 @@ class Choice:
     """What runs, and why.
 
     Args:
-        backend: ``triton``; ``torch``; ``native``, which is torch with a kernel in C for decoding; or the ``reference``
+        backend: ``triton``; ``torch``; ``native``, which is torch with kernels in C for decoding; or the ``reference``
             that all are tested against.
         reason: in a few words.
     """
@@ -86,16 +89,16 @@ def _check_triton(kind: str) -> None:
 def choose_for(name: Operation, device: torch.device | str) -> Choice:
     """The implementation of one operation; raises as ``choose``."""
     choice = choose(device)
-    if choice.backend == "native" and name not in NATIVE_OPERATIONS:
-        return Choice("torch", "plain torch serves")
-    return choice
+    if name in OWN_OPERATIONS.get(choice.backend, OPERATIONS):
+        return choice
+    return Choice("torch", "plain torch serves")
 
 
 def _choose_for_cpu() -> Choice:
     missing = _missing_for_native()
     if missing:
         return Choice("torch", f"cpu tensors; {missing}")
-    return Choice("native", "cpu tensors, a C compiler made the kernel for this processor")
+    return Choice("native", "cpu tensors, a C compiler made the kernels for this processor")
 
 
 def _check_native(kind: str) -> None:
@@ -118,7 +121,7 @@ def _missing_for_native() -> str | None:
 
 def operation(name: Operation, device: torch.device | str) -> Callable[..., Any]:
     """The function that does an operation for tensors on a device."""
-    return _load(name, choose(device).backend)
+    return _load(name, choose_for(name, device).backend)
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def row_operations(device: torch.device | str, *, traced: bool = False) -> RowOp
         traced: for a step that is compiled once and run many times: lengths are read and counted on the device only.
     """
     backend = choose(device).backend
-    compact, append, ragged_decode = (_load(name, backend) for name in ROW_OPERATIONS)
+    compact, append, ragged_decode = (operation(name, device) for name in ROW_OPERATIONS)
     if traced and backend == "torch":
         append, ragged_decode = (_function("traced", name) for name in ("append", "ragged_decode"))
     return RowOperations(compact, append, ragged_decode, counting=traced or backend != "torch")
@@ -153,7 +156,9 @@ def row_operations(device: torch.device | str, *, traced: bool = False) -> RowOp
 @cache
 def _load(name: Operation, backend: Backend) -> Callable[..., Any]:
     if name in ROW_OPERATIONS and backend in ("torch", "native"):
-        return _function("native" if backend == "native" and name in NATIVE_OPERATIONS else "grouped", name)
+        return _function("native" if backend == "native" else "grouped", name)
+    if name == "linear" and backend == "native":
+        return _function("linear.native", name)
     module = "triton" if backend == "triton" else "reference"
     kernel = _function(f"{name}.{module}", name)
     return partial(_function("ragged", name), kernel=kernel) if name in ROW_OPERATIONS else kernel

@@ -2,7 +2,7 @@
 
 The graph is that of a single new token per sequence. What changes from token to token is in tensors, so it is compiled
 once. On a CPU it also turns single-row matrix products into reductions, which then read the weights with all threads
-at the speed of memory; the library's own product of a row and a matrix uses one thread.
+at the speed of memory, fused with their neighbours; the library's own product of a row and a matrix uses one thread.
 """
 
 from __future__ import annotations

@@ -6,33 +6,17 @@
 
 #include <math.h>
 #include <stdatomic.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
 
-#define LANES 8  /* head dimensions are multiples of it */
+#include "../vectors.h"
+
 #define TILE 128 /* entries between two updates of the softmax */
-#define HEADS 4  /* query heads that share a pass over a tile: as many as have their sums in registers */
-#define KEYS 4   /* scored at once */
+#define CHUNK 16 /* entries whose values are added at once */
 #define MAX_GROUP 16
 #define MAX_DIM 256
 #define SHORTEST_PART 256          /* entries; below it, merging costs more than balance saves */
 #define BYTES_PER_THREAD (1 << 17) /* below it, waking a thread costs more than it saves */
 #define PARTS_PER_THREAD 4
-#ifdef __clang__
-#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (words){__VA_ARGS__})
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-enum type { FLOAT32, BFLOAT16, FLOAT16 };
 
 struct row {
     int32_t first, count; /* visible entries, counted from the row's offset */
@@ -55,51 +39,6 @@ struct call {
     atomic_llong next;
 };
 
-/* The function behind `#pragma omp parallel`. It is called by name so that no OpenMP library is linked, and torch's
-   serves: the threads of a second one would compete with torch's for the same cores. */
-extern void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
-
-INLINE size_t size_of(enum type type) { return type == FLOAT32 ? 4 : 2; }
-
-INLINE vec load(const char *base, int64_t i, enum type type) {
-    vec x;
-    halves h;
-    if (type == FLOAT32) return memcpy(&x, base + 4 * i, sizeof x), x;
-    memcpy(&h, base + 2 * i, sizeof h);
-#ifdef __AVX2__
-    if (type == BFLOAT16) return (vec)((words)_mm256_cvtepu16_epi32((__m128i)h) << 16);
-#else
-    if (type == BFLOAT16) return (vec)(__builtin_convertvector(h, words) << 16);
-#endif
-#ifdef __F16C__
-    return (vec)_mm256_cvtph_ps((__m128i)h);
-#else
-    typedef _Float16 float16s __attribute__((vector_size(2 * LANES)));
-    return __builtin_convertvector((float16s)h, vec);
-#endif
-}
-
-INLINE void store(char *base, int64_t i, float x, enum type type) {
-    uint32_t bits;
-    uint16_t half;
-    memcpy(&bits, &x, 4);
-    if (type == FLOAT32) {
-        memcpy(base + 4 * i, &bits, 4);
-        return;
-    }
-    if (type == BFLOAT16) /* to the nearest, ties to even; a NaN must not be carried over into infinity */
-        half = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    else {
-#ifdef __F16C__
-        half = _cvtss_sh(x, 0);
-#else
-        _Float16 narrow = (_Float16)x;
-        memcpy(&half, &narrow, 2);
-#endif
-    }
-    memcpy(base + 2 * i, &half, 2);
-}
-
 /* 2^x for x <= 0, to float32's precision; NaN stays NaN. */
 INLINE float power_of_two(float x) {
     x = x < -126 ? -126 : x;
@@ -112,37 +51,11 @@ INLINE float power_of_two(float x) {
     return y * power;
 }
 
-/* {sum of a, of b, of c, of d} in the first four lanes. */
-INLINE vec sums_of(vec a, vec b, vec c, vec d) {
-    vec ab = SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
-    vec cd = SHUFFLE(c, d, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(c, d, 1, 9, 3, 11, 5, 13, 7, 15);
-    vec abcd = SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
-    return abcd + SHUFFLE(abcd, abcd, 4, 5, 6, 7, 0, 1, 2, 3);
-}
-
-/* scores[h][t]: `heads` queries times four keys. */
-INLINE void score(float (*scores)[TILE + KEYS], const float *query, const char *keys, int64_t stride, int64_t dim, int heads,
-                  enum type type) {
-    vec sum[HEADS][KEYS];
-    for (int h = 0; h < heads; h++)
-        for (int t = 0; t < KEYS; t++) sum[h][t] = (vec){0};
-    for (int64_t d = 0; d < dim; d += LANES) {
-        for (int t = 0; t < KEYS; t++) {
-            vec key = load(keys, t * stride + d, type);
-            for (int h = 0; h < heads; h++) sum[h][t] += key * load((const char *)query, h * dim + d, FLOAT32);
-        }
-    }
-    for (int h = 0; h < heads; h++) {
-        vec sums = sums_of(sum[h][0], sum[h][1], sum[h][2], sum[h][3]);
-        memcpy(scores[h], &sums, KEYS * sizeof(float));
-    }
-}
-
-/* Turn a head's scores into weights, and rescale what was summed before to the new maximum. */
-INLINE void weigh(float *scores, int count, float *maximum, float *total, float *sums, int64_t dim) {
+/* Turn a head's products into weights, and rescale what was summed before to the new maximum. */
+INLINE void weigh(float *scores, int count, float scale, float *maximum, float *total, float *sums, int64_t dim) {
     float most[LANES], added[LANES] = {0}, before = *maximum;
     for (int lane = 0; lane < LANES; lane++) most[lane] = before;
-    for (int t = count; t < TILE; t++) scores[t] = -INFINITY;
+    for (int t = 0; t < TILE; t++) scores[t] = t < count ? scores[t] * scale : -INFINITY;
     for (int t = 0; t < TILE; t += LANES)
         for (int lane = 0; lane < LANES; lane++)
             most[lane] = scores[t + lane] > most[lane] ? scores[t + lane] : most[lane];
@@ -158,11 +71,46 @@ INLINE void weigh(float *scores, int count, float *maximum, float *total, float 
     for (int lane = 0; lane < LANES; lane++) *total += added[lane];
 }
 
-/* sums[h] += weights[h] times `count` values. */
-INLINE void accumulate(float *sums, float (*weights)[TILE + KEYS], const char *values, int count, int64_t dim,
-                       int heads, enum type type) {
+#ifdef PAIRS
+/* sums[h] += weights[h] times `count` values, two entries at a time; the weights are rounded to bfloat16. */
+INLINE void accumulate_pairs(float *sums, float (*weights)[TILE], const char *values, int count, int64_t dim,
+                             int heads) {
+    static const int16_t pairing[2][PAIRS] = { /* of two entries: the first 16 dimensions, the other 16 */
+        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+         24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+    __m512i order[2] = {_mm512_loadu_si512(pairing[0]), _mm512_loadu_si512(pairing[1])}, none = _mm512_setzero_si512();
+    uint16_t narrow[BLOCK][CHUNK + 1];
+    for (int h = 0; h < heads; h++)
+        for (int t = 0; t <= CHUNK; t++) store((char *)narrow[h], t, t < count ? weights[h][t] : 0, BFLOAT16);
+    for (int64_t d = 0; d < dim; d += PAIRS) {
+        __mmask16 mask[2] = {dim - d < 16 ? 0xff : 0xffff, dim - d < 24 ? 0 : dim - d < 32 ? 0xff : 0xffff};
+        __m512 sum[BLOCK][2];
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < 2; i++) sum[h][i] = _mm512_maskz_loadu_ps(mask[i], sums + h * dim + d + 16 * i);
+        for (int t = 0; t < count; t += 2) {
+            __m512i one = (__m512i)load_pairs(values + 2 * (t * dim + d), dim - d);
+            __m512i other = t + 1 < count ? (__m512i)load_pairs(values + 2 * ((t + 1) * dim + d), dim - d) : none;
+            for (int i = 0; i < 2; i++) {
+                __m512bh value = (__m512bh)_mm512_permutex2var_epi16(one, order[i], other);
+                for (int h = 0; h < heads; h++) {
+                    int32_t weight;
+                    memcpy(&weight, narrow[h] + t, sizeof weight);
+                    sum[h][i] = _mm512_dpbf16_ps(sum[h][i], (__m512bh)_mm512_set1_epi32(weight), value);
+                }
+            }
+        }
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < 2; i++) _mm512_mask_storeu_ps(sums + h * dim + d + 16 * i, mask[i], sum[h][i]);
+    }
+}
+#endif
+
+INLINE void accumulate_lanes(float *sums, float (*weights)[TILE], const char *values, int count, int64_t dim, int heads,
+                             enum type type) {
     for (int64_t d = 0; d < dim; d += LANES) {
-        vec sum[HEADS];
+        vec sum[BLOCK];
         for (int h = 0; h < heads; h++) sum[h] = load((const char *)sums, h * dim + d, FLOAT32);
         for (int t = 0; t < count; t++) {
             vec value = load(values, t * dim + d, type);
@@ -172,38 +120,47 @@ INLINE void accumulate(float *sums, float (*weights)[TILE + KEYS], const char *v
     }
 }
 
-/* Ask for memory that is used soon: the hardware's own prefetching starts anew with every tile. */
-INLINE void prefetch(const char *base, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + i, 0, 2);
+/* sums[h] += weights[h] times `count` values, CHUNK at most. */
+INLINE void accumulate(float *sums, float (*weights)[TILE], const char *values, int count, int64_t dim, int heads,
+                       enum type type) {
+#ifdef PAIRS
+    if (type == BFLOAT16) accumulate_pairs(sums, weights, values, count, dim, heads);
+    else
+#endif
+        accumulate_lanes(sums, weights, values, count, dim, heads, type);
 }
 
-INLINE void attend_tile(float *sums, float *maxima, float *totals, const float *query, const char *keys,
-                        const char *values, int count, int64_t dim, int heads, enum type type) {
-    float scores[HEADS][TILE + KEYS];
+INLINE void attend_tile(float *sums, float *maxima, float *totals, const char *query, const char *keys,
+                        const char *values, int count, int64_t dim, float scale, int heads, enum type type) {
+    float scores[BLOCK][TILE], last[BLOCK][BLOCK];
     int64_t bytes = dim * size_of(type);
     int t = 0;
-    for (; t + KEYS <= count; t += KEYS) {
-        prefetch(values + t * bytes, KEYS * bytes);
-        score((float(*)[TILE + KEYS])(scores[0] + t), query, keys + t * bytes, dim, dim, heads, type);
+    for (; t + BLOCK <= count; t += BLOCK) {
+        prefetch(values + t * bytes, BLOCK * bytes);
+        products(scores[0] + t, TILE, query, heads, keys + t * bytes, dim, dim, type);
     }
-    for (; t < count; t++) score((float(*)[TILE + KEYS])(scores[0] + t), query, keys + t * bytes, 0, dim, heads, type);
-    for (int h = 0; h < heads; h++) weigh(scores[h], count, maxima + h, totals + h, sums + h * dim, dim);
-    for (t = 0; t + 8 <= count; t += 8) {
-        prefetch(keys + (TILE + t) * bytes, 8 * bytes);
-        accumulate(sums, (float(*)[TILE + KEYS])(scores[0] + t), values + t * bytes, 8, dim, heads, type);
+    for (; t < count; t++) {
+        products(last[0], BLOCK, query, heads, keys + t * bytes, 0, dim, type);
+        for (int h = 0; h < heads; h++) scores[h][t] = last[h][0];
     }
-    accumulate(sums, (float(*)[TILE + KEYS])(scores[0] + t), values + t * bytes, count - t, dim, heads, type);
+    for (int h = 0; h < heads; h++) weigh(scores[h], count, scale, maxima + h, totals + h, sums + h * dim, dim);
+    for (t = 0; t + CHUNK <= count; t += CHUNK) {
+        prefetch(keys + (TILE + t) * bytes, CHUNK * bytes);
+        accumulate(sums, (float(*)[TILE])(scores[0] + t), values + t * bytes, CHUNK, dim, heads, type);
+    }
+    accumulate(sums, (float(*)[TILE])(scores[0] + t), values + t * bytes, count - t, dim, heads, type);
 }
 
 INLINE void attend_part(const struct call *call, int64_t task, enum type type) {
     const struct row *row = call->rows + call->row_of[task];
     int64_t dim = call->dim, group = call->group, entry = call->offsets[call->row_of[task]] + row->first;
     int64_t first = (task - row->task) * call->width, end = first + call->width;
-    float query[MAX_GROUP * MAX_DIM], *sums = call->sums + task * group * dim;
+    float widened[MAX_GROUP * MAX_DIM], *sums = call->sums + task * group * dim;
     float *maxima = call->maxima + task * group, *totals = call->totals + task * group;
-    for (int64_t i = 0; i < group * dim; i += LANES) {
-        vec x = load(call->query, call->row_of[task] * group * dim + i, type) * call->scale;
-        memcpy(query + i, &x, sizeof x);
+    const char *query = call->query + call->row_of[task] * group * dim * size_of(type);
+    if (OPERAND(type) != type) {
+        for (int64_t i = 0; i < group * dim; i++) widened[i] = load_one(query, i, type);
+        query = (const char *)widened;
     }
     memset(sums, 0, group * dim * sizeof *sums);
     for (int64_t h = 0; h < group; h++) maxima[h] = -INFINITY, totals[h] = 0;
@@ -212,14 +169,15 @@ INLINE void attend_part(const struct call *call, int64_t task, enum type type) {
         const char *keys = call->keys + (entry + t) * dim * size_of(type);
         const char *values = call->values + (entry + t) * dim * size_of(type);
         int count = end - t < TILE ? end - t : TILE;
-        for (int64_t h = 0; h < group; h += HEADS) {
-#define ATTEND(heads) \
-    attend_tile(sums + h * dim, maxima + h, totals + h, query + h * dim, keys, values, count, dim, heads, type)
+        for (int64_t h = 0; h < group; h += BLOCK) {
+#define ATTEND(heads)                                                                                              \
+    attend_tile(sums + h * dim, maxima + h, totals + h, query + h * dim * size_of(OPERAND(type)), keys, values, count, \
+                dim, call->scale, heads, type)
             switch (group - h) { /* constants, for which the compiler makes code of its own */
             case 1: ATTEND(1); break;
             case 2: ATTEND(2); break;
             case 3: ATTEND(3); break;
-            default: ATTEND(4);
+            default: ATTEND(BLOCK);
             }
         }
     }

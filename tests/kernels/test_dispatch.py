@@ -27,7 +27,7 @@ def test_a_gpu_runs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cpu_runs_the_kernel_in_c_where_a_compiler_is() -> None:
-    assert choose("cpu") == Choice("native", "cpu tensors, a C compiler made the kernel for this processor")
+    assert choose("cpu") == Choice("native", "cpu tensors, a C compiler made the kernels for this processor")
 
 
 def test_a_cpu_without_a_compiler_runs_torch_and_says_how_to_get_faster(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "native.c"
 
 
-def test_a_library_is_compiled_once_and_anew_when_its_source_changes(source: Path) -> None:
+def test_a_library_is_compiled_once_and_anew_when_its_source_or_a_header_changes(source: Path) -> None:
     assert c_library.load(source).answer() == 1
     made = list((source.parents[1] / "cache").rglob("*.so"))
     time = made[0].stat().st_mtime_ns
@@ -162,6 +162,10 @@ def test_a_library_is_compiled_once_and_anew_when_its_source_changes(source: Pat
     assert made[0].stat().st_mtime_ns == time
     source.write_text(SOURCE % 2)
     assert c_library.load(source).answer() == 2
+    (source.parents[1] / "more.h").write_text("#define MORE 1\n")
+    c_library.load(source)
+    made = [path.name for path in (source.parents[1] / "cache").rglob("*.so")]
+    assert len(made) == 3
     kept = [path.name for path in (source.parents[1] / "cache").rglob("*") if path.is_file()]
     assert sorted(kept) == sorted(path.name for path in (source.parents[1] / "cache").rglob("*.so"))
 

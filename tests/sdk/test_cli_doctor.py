@@ -188,10 +188,10 @@ def test_doctor_names_versions_and_device(examined: dict) -> None:
 
 def test_doctor_says_which_kernels_run_and_why(examined: dict) -> None:
     kernels = {kernel["operation"]: kernel for kernel in examined["kernels"]}
-    assert set(kernels) == {"window_scores", "semantic_vector", "compact", "append", "ragged_decode"}
+    assert set(kernels) == {"window_scores", "semantic_vector", "compact", "append", "ragged_decode", "linear"}
     if not torch.cuda.is_available():
         native = {name for name, kernel in kernels.items() if kernel["backend"] == "native"}
-        assert native == {"append", "ragged_decode"}
+        assert native == {"append", "ragged_decode", "linear"}
         assert "cpu tensors" in kernels["append"]["reason"]
 
 
