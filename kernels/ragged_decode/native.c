@@ -11,7 +11,7 @@
 #include "../vectors.h"
 
 #define TILE 128 /* entries between two updates of the softmax */
-#define CHUNK 16 /* entries whose values are added at once */
+#define CHUNK 16 /* entries whose values are added at once; half as many where they are widened to float32 */
 #define MAX_GROUP 16
 #define MAX_DIM 256
 #define SHORTEST_PART 256          /* entries; below it, merging costs more than balance saves */
@@ -134,7 +134,7 @@ INLINE void attend_tile(float *sums, float *maxima, float *totals, const char *q
                         const char *values, int count, int64_t dim, float scale, int heads, enum type type) {
     float scores[BLOCK][TILE], last[BLOCK][BLOCK];
     int64_t bytes = dim * size_of(type);
-    int t = 0;
+    int t = 0, chunk = OPERAND(type) == FLOAT32 ? CHUNK / 2 : CHUNK;
     for (; t + BLOCK <= count; t += BLOCK) {
         prefetch(values + t * bytes, BLOCK * bytes);
         products(scores[0] + t, TILE, query, heads, keys + t * bytes, dim, dim, type);
@@ -144,9 +144,9 @@ INLINE void attend_tile(float *sums, float *maxima, float *totals, const char *q
         for (int h = 0; h < heads; h++) scores[h][t] = last[h][0];
     }
     for (int h = 0; h < heads; h++) weigh(scores[h], count, scale, maxima + h, totals + h, sums + h * dim, dim);
-    for (t = 0; t + CHUNK <= count; t += CHUNK) {
-        prefetch(keys + (TILE + t) * bytes, CHUNK * bytes);
-        accumulate(sums, (float(*)[TILE])(scores[0] + t), values + t * bytes, CHUNK, dim, heads, type);
+    for (t = 0; t + chunk <= count; t += chunk) {
+        prefetch(keys + (TILE + t) * bytes, chunk * bytes);
+        accumulate(sums, (float(*)[TILE])(scores[0] + t), values + t * bytes, chunk, dim, heads, type);
     }
     accumulate(sums, (float(*)[TILE])(scores[0] + t), values + t * bytes, count - t, dim, heads, type);
 }
