@@ -26,13 +26,15 @@ class RetrievalKV(SinksMiddleRecent):
     Args:
         head_scores: [layers][KV heads] calibrated scores, higher keeps more; from a profile.
         share: share of all KV heads that keep everything; lowered where the budget forces it.
-        sinks, recent, observation_window, pooling: as in Task-KV, for the other heads.
+        sinks, recent, observation_window, pooling: as in Task-KV, for the other heads; fewer recent tokens, which
+            leaves small budgets to the full heads.
     """
 
     name: ClassVar[str] = "retrieval-kv"
 
     head_scores: tuple[tuple[float, ...], ...] = ()
     share: float = 0.2
+    recent: int = 32
 
     def layer_budgets(self, layers: Sequence[LayerPrompt], budget: Budget) -> list[LayerBudget]:
         """As many of the best heads as fit are full; every other head of the model gets the same tokens."""
