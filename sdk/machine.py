@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("thinkkv", "torch", "transformers", "onnxruntime")
+PACKAGES = ("thinkkv", "torch", "transformers", "trl", "peft", "onnxruntime")
 
 
 def machine() -> dict[str, Any]:
