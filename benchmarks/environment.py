@@ -39,8 +39,11 @@ def _command() -> Iterator[str]:
 
 
 def _commit() -> str:
-    """Short commit hash, with ``+`` where the code differs from it."""
-    here = Path(__file__).parent.parent
-    run = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
-    found = subprocess.run(run, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    """Short commit hash, with ``+`` where the code differs from it; results are no code."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        return "unknown"
+    code = [":(top)", ":(top,exclude)benchmarks/results"]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
+    return found.stdout.strip() + ("+" if changed else "")

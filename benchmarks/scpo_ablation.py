@@ -2,12 +2,13 @@
 
     python benchmarks/scpo_ablation.py                     # all of it: hours; every finished row is kept
     python benchmarks/scpo_ablation.py --seeds 0 --methods grpo,scpo-0.5
+    python benchmarks/scpo_ablation.py --updates 15 --methods front   # the same, stopped early: a file of rows of its own
     python benchmarks/scpo_ablation.py --only-summary
 
 Every method starts from the same weights of its seed (the tiny recipe up to stage 1) and runs the same number of
 updates in the same trainer. One row per method and seed goes into ``results/scpo_ablation.jsonl`` as soon as it is
 there; the same command goes on where it stopped. The summary is ``results/scpo_ablation.md`` and
-``results/scpo_ablation.png``.
+``results/scpo_ablation.png``, those of another number of updates have it in their names.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from typing import Any
 from environment import describe
 
 RESULTS = Path(__file__).parent / "results"
-ROWS = RESULTS / "scpo_ablation.jsonl"
 WORK = Path("thinkkv-out/ablation")
 UPDATES = 60
 EVAL_ROWS = 400
@@ -52,6 +52,10 @@ METHODS: Mapping[str, Mapping[str, Any] | None] = {
 }
 """The last stage of each method; ``sft`` has none. Uniform importance is control and switched-off part in one."""
 
+LENGTH_PENALTIES = tuple(name for name in METHODS if name.startswith("grpo-length-"))
+FRONT = ("sft", "grpo", *LENGTH_PENALTIES, *(f"scpo-{strength:g}" for strength in SCPO_STRENGTHS))
+"""What the accuracy-length front is drawn from: ``--methods front``."""
+
 
 class Quiet:
     """A reporter that says nothing."""
@@ -69,54 +73,63 @@ def main() -> None:
     """Run what is missing, then summarise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(METHODS), help="names with commas, or front")
+    parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--only-summary", action="store_true")
     options = parser.parse_args()
+    methods = FRONT if options.methods == "front" else options.methods.split(",")
+    rows = rows_file(options.updates)
     if not options.only_summary:
+        here = describe()  # now: the code that runs is the one that is loaded here, whatever is committed meanwhile
         for seed in map(int, options.seeds.split(",")):
-            for method in options.methods.split(","):
-                run_missing(method, seed)
-    summarise(read_rows())
+            for method in methods:
+                run_missing(rows, method, seed, options.updates, here)
+    summarise(read_rows(rows), rows)
 
 
-def run_missing(method: str, seed: int) -> None:
+def rows_file(updates: int) -> Path:
+    """Where the rows of a number of updates are kept."""
+    return RESULTS / ("scpo_ablation.jsonl" if updates == UPDATES else f"scpo_ablation_{updates}_updates.jsonl")
+
+
+def run_missing(rows: Path, method: str, seed: int, updates: int, here: Mapping[str, Any]) -> None:
     """One row, unless it is there."""
-    if any(row["method"] == method and row["seed"] == seed for row in read_rows()):
+    if any(row["method"] == method and row["seed"] == seed for row in read_rows(rows)):
         return
-    row = run_method(method, seed)
-    with ROWS.open("a", encoding="utf-8") as file:
+    row = run_method(method, seed, updates) | here
+    with rows.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     after = row["after"]
     print(
-        f"seed {seed} {method}: accuracy {after['accuracy']:.3f}, {after['mean_tokens']:.1f} tokens, "
-        f"critical share {after['critical_share']:.2f}, {row['seconds']:.0f} s",
+        f"seed {seed} {method}, {row['updates']} updates: accuracy {after['accuracy']:.3f}, "
+        f"{after['mean_tokens']:.1f} tokens, critical share {after['critical_share']:.2f}, {row['seconds']:.0f} s",
         flush=True,
     )
 
 
-def run_method(method: str, seed: int) -> dict[str, Any]:
+def run_method(method: str, seed: int, updates: int) -> dict[str, Any]:
     """Train and evaluate one method from its seed's start."""
     start = WORK / f"seed-{seed}" / "start"
     verbose, base = run_recipe(start, seed, None)["stages"][:3:2]
-    folder = WORK / f"seed-{seed}" / method
+    folder = WORK / f"seed-{seed}" / (method if updates == UPDATES else f"{method}-{updates}-updates")
     began, stage = time.monotonic(), METHODS[method]
     if stage is not None and not folder.exists():
         # The stages before the last are the start's: the runner finds them finished.
-        copy = folder.with_name(f".{method}")
+        copy = folder.with_name(f".{folder.name}")
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(start, copy)
         copy.rename(folder)
-    after = base if stage is None else run_recipe(folder, seed, stage)["stages"][-1]
+    trained = None if stage is None else {**stage, "args": {**stage.get("args", {}), "max_steps": updates}}
+    after = base if trained is None else run_recipe(folder, seed, trained)["stages"][-1]
     return {
         "method": method,
         "seed": seed,
         "verbose": values(verbose, "after"),
         "start": values(base, "after"),
         "after": values(after, "after"),
-        "updates": 0 if stage is None else UPDATES,
+        "updates": 0 if stage is None else updates,
         "seconds": round(time.monotonic() - began, 1),
         "curve": [] if stage is None else curve(folder),
-        **describe(),
     }
 
 
@@ -130,7 +143,7 @@ def run_recipe(folder: Path, seed: int, stage: Mapping[str, Any] | None) -> dict
     recipe = yaml.safe_load(find("tiny.yaml").read_text(encoding="utf-8"))
     arguments = recipe["stages"].pop()["args"]
     if stage is not None:
-        recipe["stages"].append({**stage, "args": {**arguments, **stage.get("args", {}), "max_steps": UPDATES}})
+        recipe["stages"].append({**stage, "args": {**arguments, **stage["args"]}})
     recipe["seed"], recipe["data"]["eval_rows"] = seed, EVAL_ROWS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "ablation.yaml"
@@ -159,14 +172,14 @@ def curve(folder: Path) -> list[dict[str, float]]:
     return [{"update": row["step"], **{ours: row[name] for name, ours in names.items() if name in row}} for row in rows]
 
 
-def read_rows() -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows so far."""
-    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table with 95 % intervals over seeds, and the accuracy-length plane."""
+def summarise(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Beside the rows, a table with 95 % intervals over seeds, and the accuracy-length plane."""
     table = ["| method | seeds | accuracy | tokens | tokens saved | critical share |", "|---|---|---|---|---|---|"]
     points = []
     for method in [name for name in METHODS if any(row["method"] == name for row in rows)]:
@@ -176,9 +189,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> None:
         points.append((method, accuracy, tokens))
         cells = (shown(accuracy, 3), shown(tokens, 1), shown(saved, 0) + " %", shown(share, 2))
         table.append(f"| {method} | {len(own)} | {' | '.join(cells)} |")
-    (RESULTS / "scpo_ablation.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n".join(table))
-    draw(points)
+    draw(points, path.with_suffix(".png"))
 
 
 METRICS = ("accuracy", "mean_tokens", "critical_share")
@@ -200,7 +213,7 @@ def shown(value: tuple[float, float], digits: int) -> str:
     return f"{mean:.{digits}f}" if half != half else f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
-def draw(points: Sequence[tuple[str, tuple[float, float], tuple[float, float]]]) -> None:
+def draw(points: Sequence[tuple[str, tuple[float, float], tuple[float, float]]], path: Path) -> None:
     """Accuracy over tokens; up and left is better."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -214,7 +227,7 @@ def draw(points: Sequence[tuple[str, tuple[float, float], tuple[float, float]]])
         axes.annotate(method, (tokens, accuracy), fontsize=6, xytext=(3, 3), textcoords="offset points")
     axes.set_xlabel("tokens per response")
     axes.set_ylabel("accuracy")
-    figure.savefig(RESULTS / "scpo_ablation.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
