@@ -2,7 +2,7 @@
 
     python benchmarks/scpo_ablation.py                     # all of it: hours; every finished row is kept
     python benchmarks/scpo_ablation.py --seeds 0 --methods grpo,scpo-0.5
-    python benchmarks/scpo_ablation.py --updates 15 --methods front   # the same, stopped early: a file of rows of its own
+    python benchmarks/scpo_ablation.py --updates 15 --methods front   # stopped early: rows of their own
     python benchmarks/scpo_ablation.py --only-summary
 
 Every method starts from the same weights of its seed (the tiny recipe up to stage 1) and runs the same number of
