@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from environment import describe
+from intervals import interval
 
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("thinkkv-out/ablation")
@@ -195,16 +195,6 @@ def summarise(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 METRICS = ("accuracy", "mean_tokens", "critical_share")
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""97.5 % quantiles of Student's t by number of seeds."""
-
-
-def interval(numbers: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half width of its 95 % interval over seeds; NaN for a single one."""
-    if len(numbers) < 2:
-        return numbers[0], float("nan")
-    quantile = STUDENT.get(len(numbers), 1.96)
-    return statistics.mean(numbers), quantile * statistics.stdev(numbers) / len(numbers) ** 0.5
 
 
 def shown(value: tuple[float, float], digits: int) -> str:
