@@ -203,6 +203,11 @@ def shown(value: tuple[float, float], digits: int) -> str:
     return f"{mean:.{digits}f}" if half != half else f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
+def colour(method: str) -> str:
+    """Of a family of methods in every picture."""
+    return "tab:orange" if "length" in method else "tab:blue" if method.startswith("scpo") else "tab:gray"
+
+
 def draw(points: Sequence[tuple[str, tuple[float, float], tuple[float, float]]], path: Path) -> None:
     """Accuracy over tokens; up and left is better."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -212,8 +217,8 @@ def draw(points: Sequence[tuple[str, tuple[float, float], tuple[float, float]]],
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for method, (accuracy, up), (tokens, across) in points:
-        colour = "tab:orange" if "length" in method else "tab:blue" if method.startswith("scpo") else "tab:gray"
-        axes.errorbar(tokens, accuracy, xerr=across, yerr=up, fmt="o", color=colour, linewidth=0.8, markersize=4)
+        look: dict[str, Any] = {"fmt": "o", "color": colour(method), "linewidth": 0.8, "markersize": 4}
+        axes.errorbar(tokens, accuracy, xerr=across, yerr=up, **look)
         axes.annotate(method, (tokens, accuracy), fontsize=6, xytext=(3, 3), textcoords="offset points")
     axes.set_xlabel("tokens per response")
     axes.set_ylabel("accuracy")

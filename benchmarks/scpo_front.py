@@ -24,7 +24,7 @@ from typing import Any
 
 from environment import save
 from intervals import interval
-from scpo_ablation import FRONT, LENGTH_PENALTIES, RESULTS, SCPO_STRENGTHS, UPDATES, read_rows, rows_file
+from scpo_ablation import FRONT, LENGTH_PENALTIES, RESULTS, SCPO_STRENGTHS, UPDATES, colour, read_rows, rows_file
 
 TOLERANCE = 0.02
 EARLY = 15
@@ -139,12 +139,15 @@ def shown(updates: int, found: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for penalty, row in found["pairs"].items():
-        cells = [
-            f"{row[name]['mean']:+.{digits}f} ± {row[name]['half']:.{digits}f} | ± {row[name]['half_of_eight']:.{digits}f}"
-            for name, digits in (("tokens", 1), ("accuracy", 3))
-        ]
+        cells = [difference(row[name], digits) for name, digits in (("tokens", 1), ("accuracy", 3))]
         lines.append(f"| {penalty} | {len(row['seeds'])} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def difference(found: Mapping[str, float], digits: int) -> str:
+    """Mean with its own half width, and the half width for all eight."""
+    half, joint = (f"{found[name]:.{digits}f}" for name in ("half", "half_of_eight"))
+    return f"{found['mean']:+.{digits}f} ± {half} | ± {joint}"
 
 
 def draw(found: Mapping[int, Points], path: Path) -> None:
@@ -159,10 +162,8 @@ def draw(found: Mapping[int, Points], path: Path) -> None:
             if not seeds:
                 continue
             (tokens, across), (accuracy, up) = (interval(values) for values in zip(*seeds.values(), strict=True))
-            colour = (
-                "tab:orange" if method in LENGTH_PENALTIES else "tab:blue" if method in SCPO_METHODS else "tab:gray"
-            )
-            axes.errorbar(tokens, accuracy, xerr=across, yerr=up, fmt="o", color=colour, linewidth=0.6, markersize=4)
+            look: dict[str, Any] = {"fmt": "o", "color": colour(method), "linewidth": 0.6, "markersize": 4}
+            axes.errorbar(tokens, accuracy, xerr=across, yerr=up, **look)
             axes.annotate(method, (tokens, accuracy), fontsize=6, xytext=(3, 3), textcoords="offset points")
         axes.set_title(f"{updates} updates", fontsize=9)
         axes.set_xlabel("tokens per response")
