@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from thinkkv.recipes.metrics import MetricsLog
+from thinkkv.recipes.metrics import MetricsLog, TokenRate
 
 MARK = "complete"
 """Empty file that is put into a checkpoint when all of it is on disk."""
@@ -31,12 +31,16 @@ class StageCallback(TrainerCallback):
 
     def __init__(self, log: MetricsLog, stage: int, kind: str, told: Any) -> None:
         self.log, self.stage, self.kind, self.told = log, stage, kind, told
+        self._rate = TokenRate()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Keep a step's values; the summary at the end of training is none."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
-            self.log.append(self.stage, self.kind, state.global_step, logs)
-            self.told(state.global_step, state.max_steps, logs)
+            # TRL's num_tokens: trained on, or sampled with their prompts; not there where an update samples nothing.
+            rate = self._rate(logs.get("num_tokens"))
+            values = logs if rate is None else {**logs, "tokens_per_second": rate}
+            self.log.append(self.stage, self.kind, state.global_step, values)
+            self.told(state.global_step, state.max_steps, values)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint that was just written."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,26 @@ class MetricsLog:
         """Forget what comes after a step of a stage: it will be done, and written, again."""
         kept = [row for row in self.rows() if (row["stage"], row["step"]) <= (stage, step)]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+
+class TokenRate:
+    """Tokens a second, from a total that is told now and then.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last: tuple[float, float] | None = None
+
+    def __call__(self, total: float | None) -> float | None:
+        """Rate since the total was told last; None without one before, or where nobody knows it now."""
+        if total is None:
+            return None
+        now, last = self._clock(), self._last
+        self._last = now, total
+        return (total - last[1]) / max(now - last[0], 1e-9) if last else None
 
 
 def _plain(value: Any) -> Any:

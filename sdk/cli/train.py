@@ -144,6 +144,7 @@ _SHOWN_VALUES = (
     ("completions/mean_length", "{:.0f} tokens"),
     ("mean_tokens", "{:.0f} tokens"),
     ("scpo/critical_share", "critical {:.2f}"),
+    ("tokens_per_second", "{:.0f} tokens/s"),
     ("step_time", "{:.1f} s a step"),
 )
 

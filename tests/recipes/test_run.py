@@ -71,6 +71,13 @@ def test_the_adapter_is_stock_peft_and_equals_the_merged_checkpoint(finished: Pa
     assert (plain(ids).logits - merged(ids).logits).abs().max() > 1e-4
 
 
+def test_every_stage_says_how_fast_it_is(finished: Path) -> None:
+    rows = MetricsLog(finished / "metrics.jsonl").rows()
+    rates = {row["kind"]: row["tokens_per_second"] for row in rows if "tokens_per_second" in row}
+    assert set(rates) == set(KINDS)
+    assert min(rates.values()) > 0
+
+
 def kill(process: Any, when: Callable[[], bool], pause: float = 0.0) -> None:
     """SIGKILL a run as soon as something holds, which must be before it ends."""
     deadline = time.monotonic() + 120

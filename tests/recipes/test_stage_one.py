@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from thinkkv.patches.errors import ThinkKVError
-from thinkkv.recipes.metrics import MetricsLog
+from thinkkv.recipes.metrics import MetricsLog, TokenRate
 from thinkkv.recipes.smartthinker.sampling import Sample, read_samples, sample_in_batches, select
 from thinkkv.recipes.smartthinker.sft import tokenise_samples, tokenise_traces
 from thinkkv.recipes.tasks.running_value import END_THINK, tokenizer
@@ -94,3 +94,9 @@ def test_metrics_are_rewound_to_a_checkpoint(tmp_path: Path) -> None:
     assert all(json.loads(line)["bad"] is None for line in log.path.read_text().splitlines())
     log.rewind(1, -1)
     assert [(row["stage"], row["step"]) for row in log.rows()] == [(0, 1), (0, 2)]
+
+
+def test_tokens_per_second_by_hand() -> None:
+    times = iter([10.0, 12.0, 16.0])
+    rate = TokenRate(lambda: next(times))
+    assert [rate(total) for total in (100, 300, None, 500)] == [None, 100.0, None, 50.0]
