@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,31 +116,44 @@ def _read(config: DataConfig) -> list[Row]:
     """A jsonl or parquet file, or a data set of the hub, with its columns renamed."""
     path = Path(config.source).expanduser()
     rows: list[Mapping[str, Any]]
-    if path.suffix == ".jsonl":
-        rows = list(_json_lines(path))
-    else:
-        from datasets import Dataset, load_dataset  # heavy: only data sets need it
-
-        try:
-            data: Any = (
-                Dataset.from_parquet(str(path))
-                if path.suffix == ".parquet"
-                else load_dataset(config.source, split=config.split)
-            )
-        except Exception as error:  # whatever the file, the network or the hub came up with
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ThinkKVError(
-                f"cannot load data {config.source} ({reason}) - check the path or name, and the network"
-            ) from error
-        rows = list(data)
-    theirs = {"prompt": "prompt", "answer": "answer", **config.columns}
+    rows = list(_json_lines(path)) if path.suffix == ".jsonl" else list(_data_set(path, config))
     for number, row in enumerate(rows, 1):
-        for column in theirs.values():
-            if column not in row:
-                raise RecipeError(
-                    f"{config.source}, row {number}: no column {column} but {', '.join(row)} - map it with data.columns"
-                )
+        _check_columns(config, row, f", row {number}")
+    theirs = _their_columns(config)
     return [{**row, **{ours: row[column] for ours, column in theirs.items()}} for row in rows]
+
+
+def _data_set(path: Path, config: DataConfig) -> Any:
+    """A parquet file or a data set of the hub, whose columns are checked before anything large is fetched."""
+    from datasets import Dataset, load_dataset, load_dataset_builder  # heavy: only data sets need it
+
+    try:
+        if path.suffix == ".parquet":
+            return Dataset.from_parquet(str(path))
+        features = load_dataset_builder(config.source).info.features
+        if features is not None:  # not every data set declares them
+            _check_columns(config, features)
+        return load_dataset(config.source, split=config.split)
+    except RecipeError:
+        raise
+    except Exception as error:  # whatever the file, the network or the hub came up with
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ThinkKVError(
+            f"cannot load data {config.source} ({reason}) - check the path or name, and the network"
+        ) from error
+
+
+def _their_columns(config: DataConfig) -> dict[str, str]:
+    return {"prompt": "prompt", "answer": "answer", **config.columns}
+
+
+def _check_columns(config: DataConfig, known: Collection[str], place: str = "") -> None:
+    """Refuse a mapping of columns that are not there."""
+    for column in _their_columns(config).values():
+        if column not in known:
+            raise RecipeError(
+                f"{config.source}{place}: no column {column} but {', '.join(known)} - map it with data.columns"
+            )
 
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -118,6 +118,20 @@ class TestSources:
         Dataset.from_list([{"prompt": f"p{n}", "answer": "1"} for n in range(3)]).to_parquet(str(path))
         assert len(load_problems(DataConfig(str(path), eval_rows=1), object(), 0).train) == 2
 
+    def test_declared_columns_are_checked_before_the_data_is_fetched(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import datasets
+
+        features = "- {name: problem, dtype: string}\n  - {name: answer, dtype: string}"
+        (tmp_path / "README.md").write_text(f"---\ndataset_info:\n  features:\n  {features}\n---\n")
+        (tmp_path / "train.jsonl").write_text('{"problem": "p", "answer": "1"}\n' * 3)
+        mapped = DataConfig(str(tmp_path), columns={"prompt": "problem"}, eval_rows=1)
+        assert len(load_problems(mapped, object(), 0).held_out) == 1
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("fetched"))
+        with pytest.raises(RecipeError, match=r"no column question but problem, answer - map it"):
+            load_problems(DataConfig(str(tmp_path), columns={"prompt": "question"}), object(), 0)
+
     def test_mistakes(self, tmp_path: Path) -> None:
         path = tmp_path / "data.jsonl"
         path.write_text('{"prompt": "p"}\n')
