@@ -144,7 +144,8 @@ def _data_set(path: Path, config: DataConfig) -> Any:
 
 
 def _their_columns(config: DataConfig) -> dict[str, str]:
-    return {"prompt": "prompt", "answer": "answer", **config.columns}
+    """The source's column for each of ours."""
+    return {"prompt": "prompt", "answer": "answer"} | {str(ours): column for ours, column in config.columns.items()}
 
 
 def _check_columns(config: DataConfig, known: Collection[str], place: str = "") -> None:
