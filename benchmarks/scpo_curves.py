@@ -3,7 +3,8 @@
     python benchmarks/scpo_curves.py
 
 Means over seeds of each update's training rollouts. Seconds are updates times the median duration of a method's
-updates, as runs shared their machine and were paused: they compare costs and are no wall times. The critical share of
+updates in the runs of 15 updates, which followed one another: as all runs shared their machine and were paused, they
+compare costs roughly and are no wall times. The critical share of
 rollouts is the estimator's and known for SCPO only; that of the held-out answers, drawn as dots at the ends, is the
 task's own and known for all.
 """
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scpo_ablation import RESULTS, UPDATES, read_rows, rows_file
+from scpo_front import EARLY
 
 SHOWN = {
     "grpo": "tab:gray",
@@ -36,13 +38,13 @@ def main() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_rows(rows_file(UPDATES))
+    rows, early = read_rows(rows_file(UPDATES)), read_rows(rows_file(EARLY))
     figure = Figure(figsize=(13, 7), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, len(PANELS), sharey="col")
     for method, colour in SHOWN.items():
         own = [row for row in rows if row["method"] == method]
-        second = seconds_per_update(own)
+        second = seconds_per_update([row for row in early if row["method"] == method])
         print(f"{method}: {len(own)} seeds, {second:.2f} s an update in the median")
         for column, name in enumerate(PANELS):
             updates, values = curve(own, name)
@@ -54,7 +56,7 @@ def main() -> None:
         grid[0, column].set_title(title, fontsize=9)
         grid[0, column].set_xlabel("updates")
         grid[1, column].set_xlabel("seconds of training, on one core")
-    grid[0, 0].legend(fontsize=7)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SHOWN), fontsize=7)
     figure.savefig(RESULTS / "scpo_curves.png", dpi=120)
 
 
