@@ -1,10 +1,10 @@
 """Patched models in lm-evaluation-harness, under the model name ``thinkkv``.
 
-    python -m thinkkv.sdk.evaluation.harness run --model thinkkv --tasks gsm8k \\
-        --model_args pretrained=qwen2.5-0.5b,policy=task-kv,ratio=0.25
+    python -m thinkkv.sdk.evaluation.harness run --model thinkkv --model_args pretrained=M,policy=task-kv,ratio=0.25 ...
 
-The command line is the harness's own. A cache is compressed after the prompt, so only tasks that generate say something about a
-policy; in tasks that score given answers (``loglikelihood``) the whole text is the prompt, and nothing is left out of it.
+The command line is the harness's own. A cache is compressed after the prompt, so only tasks that generate say something
+about a policy; in tasks that score given answers (``loglikelihood``) the whole text is the prompt, and nothing is left
+out of it.
 """
 
 from __future__ import annotations
