@@ -12,7 +12,7 @@ from typing import Any
 from thinkkv.export.onnx.session import Session
 from thinkkv.export.onnx.slots import Slots
 from thinkkv.export.onnx.tokenizer import BundleTokenizer
-from thinkkv.patches.errors import BundleError, ExportError
+from thinkkv.patches.errors import BundleError, ExportError, UnsupportedGenerationError
 from thinkkv.sdk.baked import BLOCK_FILE
 
 GENAI_FILE = "genai_config.json"
@@ -70,7 +70,12 @@ def generate_bundle(
     Raises:
         BundleError: the folder holds no runnable bundle.
         ExportError: the prompt does not fit the model's context.
+        UnsupportedGenerationError: it is a list of prompts.
     """
+    if not isinstance(prompt, str):
+        raise UnsupportedGenerationError(
+            f"a bundle generates one sequence at a time, this is a batch of {len(prompt)} - call it for each prompt"
+        )
     config, capacity = settings_of(folder)
     tokenizer = BundleTokenizer(folder)
     ids = tokenizer.encode(prompt, chat=chat)

@@ -84,6 +84,7 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots
         names = tuple(map(_cursor_name, CURSOR))
         nodes.insert(0, cursor_node(DOMAIN, _past(bounded[0], "key"), names, slots))
         model.functions.extend([task_kv_cursor(), task_kv_attention()])
+        _declare_one_sequence(graph)
     del graph.node[:]
     graph.node.extend(nodes)
     _replace_caches(graph, writer.inputs, writer.outputs)
@@ -222,6 +223,12 @@ def _set_attributes(node: onnx.NodeProto, **values: int) -> None:
     kept = [attribute for attribute in node.attribute if attribute.name not in values]
     del node.attribute[:]
     node.attribute.extend([*kept, *(helper.make_attribute(name, value) for name, value in values.items())])
+
+
+def _declare_one_sequence(graph: onnx.GraphProto) -> None:
+    """Fix the first dimension of all inputs: a runtime then refuses a batch by the name of the input that is one."""
+    for value in graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = 1
 
 
 def _replace_caches(

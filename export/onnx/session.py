@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from thinkkv.patches.errors import ExportError
+from thinkkv.patches.errors import ExportError, UnsupportedGenerationError
 from thinkkv.sdk.extras import require
 
 GRAPH_FILE = "model.onnx"
@@ -99,8 +99,13 @@ class Conversation:
             [vocabulary] float32: logits after the last of them.
 
         Raises:
+            UnsupportedGenerationError: they are a batch.
             ExportError: they do not fit ``max_length``.
         """
+        if len(ids) and np.ndim(ids[0]):
+            raise UnsupportedGenerationError(
+                f"a bundle generates one sequence at a time, this is a batch of {len(ids)} - give each its own"
+            )
         if self.seen + len(ids) > self._max_length:
             raise ExportError(
                 f"{self.seen + len(ids)} tokens do not fit the conversation's {self._max_length} - shorten the prompt "

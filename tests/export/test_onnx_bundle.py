@@ -17,11 +17,12 @@ import torch
 from tests.export.baking import profile_of
 from tests.tiny_models import VOCABULARY, new_model, prompts
 from thinkkv.export.bake import Baked, bake
+from thinkkv.export.onnx.generate import generate_bundle
 from thinkkv.export.onnx.session import Session
 from thinkkv.export.onnx.slots import Slots
 from thinkkv.export.onnx.torch_path import greedy_tokens
 from thinkkv.export.onnx.write import slots_of, write_onnx
-from thinkkv.patches.errors import ExportError
+from thinkkv.patches.errors import ExportError, UnsupportedGenerationError
 from thinkkv.sdk.budget import Budget
 from thinkkv.sdk.policies import Full, Policy, RetrievalKV, TaskKV
 
@@ -182,12 +183,23 @@ def test_a_conversation_that_is_too_long_is_refused(make: Make) -> None:
         conversation.feed(prompt(51))
 
 
-def test_batches_are_refused_by_the_runtime(make: Make) -> None:
+def test_batches_are_refused_by_name(make: Make) -> None:
+    bundle = make("llama3", 4, SMALL, 0.5)
+    conversation = Session(bundle.folder, threads=1).start(50, 40)
+    with pytest.raises(UnsupportedGenerationError, match="one sequence at a time, this is a batch of 2") as refused:
+        conversation.feed([prompt(9), prompt(7)])
+    assert len(str(refused.value).splitlines()) == 1
+    assert conversation.seen == 0
+    with pytest.raises(UnsupportedGenerationError, match="this is a batch of 3"):
+        generate_bundle(bundle.folder, ["a", "b", "c"])
+
+
+def test_the_runtime_refuses_a_batch_by_the_name_of_its_input(make: Make) -> None:
     bundle = make("llama3", 4, SMALL, 0.5)
     model = onnxruntime_genai.Model(str(bundle.folder))
     parameters = onnxruntime_genai.GeneratorParams(model)
     parameters.set_search_options(max_length=100, batch_size=2)
-    with pytest.raises(Exception, match="Expected: 1"):
+    with pytest.raises(Exception, match=r"input_ids .*\n.* Got: 2 Expected: 1"):
         onnxruntime_genai.Generator(model, parameters).append_tokens(np.array([prompt(9), prompt(9)], dtype=np.int32))
 
 
