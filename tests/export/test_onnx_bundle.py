@@ -89,12 +89,22 @@ def runtime_tokens(bundle: Bundle, ids: list[int], new: int) -> list[int]:
 
 def genai_tokens(bundle: Bundle, turns: list[list[int]], new: int, max_length: int) -> list[int]:
     """What stock onnxruntime-genai generates after these turns."""
+    generator = onnxruntime_genai.Generator(*genai_model(bundle, max_length))
+    for turn in turns:
+        generator.append_tokens(np.array(turn, dtype=np.int32))
+    return genai_continue(generator, new)
+
+
+def genai_model(bundle: Bundle, max_length: int) -> tuple[Any, Any]:
+    """A bundle, loaded, and the options of greedy search."""
     model = onnxruntime_genai.Model(str(bundle.folder))
     parameters = onnxruntime_genai.GeneratorParams(model)
     parameters.set_search_options(max_length=max_length, do_sample=False)
-    generator, tokens = onnxruntime_genai.Generator(model, parameters), []
-    for turn in turns:
-        generator.append_tokens(np.array(turn, dtype=np.int32))
+    return model, parameters
+
+
+def genai_continue(generator: Any, new: int) -> list[int]:
+    tokens = []
     for _ in range(new):
         generator.generate_next_token()
         tokens.append(int(generator.get_next_tokens()[0]))
@@ -165,6 +175,24 @@ def test_a_turn_after_generated_tokens(make: Make) -> None:
     with torch.inference_mode():
         dense = bundle.baked.model.generate(torch.tensor([ids]), max_new_tokens=10, do_sample=False, eos_token_id=None)
     assert list(conversation.greedy([tokens[-1], *second], 10, set())) == dense[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("lengths", [(15, 9), (100, 7), (20, 120)], ids=["all fits", "long first", "long second"])
+def test_a_turn_after_generated_tokens_in_onnxruntime_genai(make: Make, lengths: tuple[int, int]) -> None:
+    """As docs/export.md has it: the token that the runtime did not feed comes back as the turn's first."""
+    bundle = make("llama3", 4, SMALL, 0.5)
+    first, second = prompt(lengths[0]), prompt(lengths[1])
+    generator = onnxruntime_genai.Generator(*genai_model(bundle, 400))
+    generator.append_tokens(np.array(first, dtype=np.int32))
+    tokens = genai_continue(generator, 10)
+    generator.rewind_to(generator.token_count() - 1)
+    generator.append_tokens(np.array([tokens[-1], *second], dtype=np.int32))
+    found = genai_continue(generator, 10)
+    conversation = Session(bundle.folder, threads=1).start(400, bundle.slots.capacity if bundle.slots else 0)
+    assert list(conversation.greedy(first, 10, set())) == tokens == bundle.torch_tokens(first, 10)
+    assert list(conversation.greedy([tokens[-1], *second], 10, set())) == found
+    if bundle.slots and sum(lengths) + 20 <= bundle.slots.capacity:
+        assert bundle.torch_tokens([*first, *tokens, *second], 10) == found
 
 
 def test_the_bounded_cache_is_really_smaller(make: Make) -> None:
