@@ -18,7 +18,7 @@ from thinkkv import sdk
 
 
 @register_model("thinkkv")
-class PatchedModel(HFLM):  # type: ignore[misc]
+class PatchedModel(HFLM):
     """The harness's transformers model, with per-head cache budgets.
 
     Args:
