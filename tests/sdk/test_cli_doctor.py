@@ -203,7 +203,7 @@ def test_doctor_lists_what_is_supported(examined: dict) -> None:
 
 def test_doctor_says_how_to_get_what_is_missing(examined: dict) -> None:
     extras = {extra["extra"]: extra for extra in examined["extras"]}
-    assert set(extras) == {"demo", "train", "gym", "export", "gpu", "dev"}
+    assert set(extras) == {"demo", "train", "gym", "harness", "export", "gpu", "dev"}
     assert extras["train"]["install"] == "pip install 'thinkkv[train]'"
     for extra in extras.values():
         assert all(examined["versions"][name] is None for name in extra["missing"])
