@@ -11,6 +11,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""``enum type`` of ``vectors.h``."""
+
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 

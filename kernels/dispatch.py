@@ -89,9 +89,11 @@ def _check_triton(kind: str) -> None:
 def choose_for(name: Operation, device: torch.device | str) -> Choice:
     """The implementation of one operation; raises as ``choose``."""
     choice = choose(device)
-    if name in OWN_OPERATIONS.get(choice.backend, OPERATIONS):
-        return choice
-    return Choice("torch", "plain torch serves")
+    return choice if _has_kernel(name, choice.backend) else Choice("torch", "plain torch serves")
+
+
+def _has_kernel(name: Operation, backend: Backend) -> bool:
+    return name in OWN_OPERATIONS.get(backend, OPERATIONS)
 
 
 def _choose_for_cpu() -> Choice:
@@ -121,7 +123,7 @@ def _missing_for_native() -> str | None:
 
 def operation(name: Operation, device: torch.device | str) -> Callable[..., Any]:
     """The function that does an operation for tensors on a device."""
-    return _load(name, choose_for(name, device).backend)
+    return _load(name, choose(device).backend)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def row_operations(device: torch.device | str, *, traced: bool = False) -> RowOp
         traced: for a step that is compiled once and run many times: lengths are read and counted on the device only.
     """
     backend = choose(device).backend
-    compact, append, ragged_decode = (operation(name, device) for name in ROW_OPERATIONS)
+    compact, append, ragged_decode = (_load(name, backend) for name in ROW_OPERATIONS)
     if traced and backend == "torch":
         append, ragged_decode = (_function("traced", name) for name in ("append", "ragged_decode"))
     return RowOperations(compact, append, ragged_decode, counting=traced or backend != "torch")
@@ -155,11 +157,11 @@ def row_operations(device: torch.device | str, *, traced: bool = False) -> RowOp
 
 @cache
 def _load(name: Operation, backend: Backend) -> Callable[..., Any]:
+    if not _has_kernel(name, backend):
+        backend = "torch"
     if name in ROW_OPERATIONS and backend in ("torch", "native"):
         return _function("native" if backend == "native" else "grouped", name)
-    if name == "linear" and backend == "native":
-        return _function("linear.native", name)
-    module = "triton" if backend == "triton" else "reference"
+    module = "reference" if backend == "torch" else backend
     kernel = _function(f"{name}.{module}", name)
     return partial(_function("ragged", name), kernel=kernel) if name in ROW_OPERATIONS else kernel
 

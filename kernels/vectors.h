@@ -28,9 +28,22 @@ enum type { FLOAT32, BFLOAT16, FLOAT16 };
 #define OPERAND(type) FLOAT32
 #endif
 
+#define BYTES_PER_THREAD (1 << 17) /* below it, waking a thread costs more than it saves */
+#define PARTS_PER_THREAD 4         /* so that a slow thread keeps none waiting */
+
 /* The function behind `#pragma omp parallel`. It is called by name so that no OpenMP library is linked, and torch's
    serves: the threads of a second one would compete with torch's for the same cores. */
 extern void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
+/* How many of so many threads are worth waking for so many bytes. */
+INLINE int worthwhile(int threads, int64_t bytes) {
+    return threads > 1 + bytes / BYTES_PER_THREAD ? 1 + bytes / BYTES_PER_THREAD : threads;
+}
+
+INLINE void run(void (*work)(void *), void *data, int threads) {
+    if (threads == 1) work(data);
+    else GOMP_parallel(work, data, threads, 0);
+}
 
 INLINE size_t size_of(enum type type) { return type == FLOAT32 ? 4 : 2; }
 
@@ -56,6 +69,10 @@ INLINE float load_one(const char *base, int64_t i, enum type type) {
     char padded[4 * LANES] = {0};
     memcpy(padded, base + i * size_of(type), size_of(type));
     return load(padded, 0, type)[0];
+}
+
+INLINE void widen(float *wide, const char *base, int64_t count, enum type type) {
+    for (int64_t i = 0; i < count; i++) wide[i] = load_one(base, i, type);
 }
 
 INLINE void store(char *base, int64_t i, float x, enum type type) {

@@ -116,14 +116,14 @@ def _read(config: DataConfig) -> list[Row]:
     """A jsonl or parquet file, or a data set of the hub, with its columns renamed."""
     path = Path(config.source).expanduser()
     rows: list[Mapping[str, Any]]
-    rows = list(_json_lines(path)) if path.suffix == ".jsonl" else list(_data_set(path, config))
+    theirs = {"prompt": "prompt", "answer": "answer", **config.columns}
+    rows = list(_json_lines(path) if path.suffix == ".jsonl" else _data_set(path, config, theirs.values()))
     for number, row in enumerate(rows, 1):
-        _check_columns(config, row, f", row {number}")
-    theirs = _their_columns(config)
+        _check_columns(f"{config.source}, row {number}", theirs.values(), row)
     return [{**row, **{ours: row[column] for ours, column in theirs.items()}} for row in rows]
 
 
-def _data_set(path: Path, config: DataConfig) -> Any:
+def _data_set(path: Path, config: DataConfig, columns: Collection[str]) -> Any:
     """A parquet file or a data set of the hub, whose columns are checked before anything large is fetched."""
     from datasets import Dataset, load_dataset, load_dataset_builder  # heavy: only data sets need it
 
@@ -132,7 +132,7 @@ def _data_set(path: Path, config: DataConfig) -> Any:
             return Dataset.from_parquet(str(path))
         features = load_dataset_builder(config.source).info.features
         if features is not None:  # not every data set declares them
-            _check_columns(config, features)
+            _check_columns(config.source, columns, features)
         return load_dataset(config.source, split=config.split)
     except RecipeError:
         raise
@@ -143,18 +143,11 @@ def _data_set(path: Path, config: DataConfig) -> Any:
         ) from error
 
 
-def _their_columns(config: DataConfig) -> dict[str, str]:
-    """The source's column for each of ours."""
-    return {"prompt": "prompt", "answer": "answer"} | {str(ours): column for ours, column in config.columns.items()}
-
-
-def _check_columns(config: DataConfig, known: Collection[str], place: str = "") -> None:
+def _check_columns(place: str, columns: Collection[str], known: Collection[str]) -> None:
     """Refuse a mapping of columns that are not there."""
-    for column in _their_columns(config).values():
+    for column in columns:
         if column not in known:
-            raise RecipeError(
-                f"{config.source}{place}: no column {column} but {', '.join(known)} - map it with data.columns"
-            )
+            raise RecipeError(f"{place}: no column {column} but {', '.join(known)} - map it with data.columns")
 
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:

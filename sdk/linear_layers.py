@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from types import MethodType
 
-import torch
 from torch import nn
 
 from thinkkv.kernels.dispatch import choose_for
@@ -27,19 +26,17 @@ class LinearLayers:
     def __init__(self, model: nn.Module) -> None:
         self._layers: list[nn.Linear] = []
         device = next(model.parameters()).device
-        if choose_for("linear", device).backend == "native":
-            self._layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+        if choose_for("linear", device).backend != "native":
+            return
+        from thinkkv.kernels.linear.native import forward  # compiled when it is first needed
+
+        self._layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+        self._forward = forward
         for layer in self._layers:
-            vars(layer)["forward"] = MethodType(_forward, layer)  # bound, so that a deep copy is changed on its own
+            vars(layer)["forward"] = MethodType(forward, layer)  # bound, so that a deep copy is changed on its own
 
     def restore(self) -> None:
         """Give the layers the forward of their class again, unless somebody has put another one in its place."""
         for layer in self._layers:
-            if getattr(vars(layer).get("forward"), "__func__", None) is _forward:
+            if getattr(vars(layer).get("forward"), "__func__", None) is self._forward:
                 del vars(layer)["forward"]
-
-
-def _forward(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    from thinkkv.kernels.linear.native import linear  # compiled when it is first needed
-
-    return linear(input, layer.weight, layer.bias)

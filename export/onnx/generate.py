@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkkv.export.onnx.session import Session
+from thinkkv.export.onnx.session import Session, batch_refused
 from thinkkv.export.onnx.slots import Slots
 from thinkkv.export.onnx.tokenizer import BundleTokenizer
-from thinkkv.patches.errors import BundleError, ExportError, UnsupportedGenerationError
+from thinkkv.patches.errors import BundleError, ExportError
 from thinkkv.sdk.baked import BLOCK_FILE
 
 GENAI_FILE = "genai_config.json"
@@ -73,9 +73,7 @@ def generate_bundle(
         UnsupportedGenerationError: it is a list of prompts.
     """
     if not isinstance(prompt, str):
-        raise UnsupportedGenerationError(
-            f"a bundle generates one sequence at a time, this is a batch of {len(prompt)} - call it for each prompt"
-        )
+        raise batch_refused(len(prompt), "call it for each prompt")
     config, capacity = settings_of(folder)
     tokenizer = BundleTokenizer(folder)
     ids = tokenizer.encode(prompt, chat=chat)

@@ -51,6 +51,13 @@ class Session:
         return Conversation(self._session, self._runtime, self._caches, max_length, slots)
 
 
+def batch_refused(sequences: int, instead: str) -> UnsupportedGenerationError:
+    """The error for a batch, with what to do instead."""
+    return UnsupportedGenerationError(
+        f"a bundle generates one sequence at a time, this is a batch of {sequences} - {instead}"
+    )
+
+
 class Conversation:
     """The caches of one sequence, and what was fed to them.
 
@@ -103,9 +110,7 @@ class Conversation:
             ExportError: they do not fit ``max_length``.
         """
         if len(ids) and np.ndim(ids[0]):
-            raise UnsupportedGenerationError(
-                f"a bundle generates one sequence at a time, this is a batch of {len(ids)} - give each its own"
-            )
+            raise batch_refused(len(ids), "give each its own")
         if self.seen + len(ids) > self._max_length:
             raise ExportError(
                 f"{self.seen + len(ids)} tokens do not fit the conversation's {self._max_length} - shorten the prompt "

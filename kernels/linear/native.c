@@ -8,8 +8,6 @@
 
 #include "../vectors.h"
 
-#define BYTES_PER_THREAD (1 << 17) /* below it, waking a thread costs more than it saves */
-#define PARTS_PER_THREAD 4
 #define PAGE 4096 /* bytes that are worth asking for; in longer rows the hardware keeps up */
 
 struct call {
@@ -70,18 +68,17 @@ static void work(void *data) {
 /* See native.py for the arguments. Returns 0 where memory ran out. */
 int linear(void *out, const void *input, const void *weight, const void *bias, int64_t rows, int64_t in, int64_t outs,
            int type, int threads) {
-    int64_t worthwhile = 1 + outs * in * (int64_t)size_of(type) / BYTES_PER_THREAD;
-    if (threads > worthwhile) threads = worthwhile;
+    threads = worthwhile(threads, outs * in * (int64_t)size_of(type));
     int64_t width = threads == 1 ? outs : outs / (PARTS_PER_THREAD * threads) + 1;
-    char *widened = NULL;
+    float *widened = NULL;
     if (OPERAND(type) != (enum type)type) {
         if (!(widened = malloc(rows * in * sizeof(float) + 1))) return 0;
-        for (int64_t i = 0; i < rows * in; i++) store(widened, i, load_one(input, i, type), FLOAT32);
+        widen(widened, input, rows * in, type);
     }
-    struct call call = {.out = out, .input = widened ? widened : input, .weight = weight, .bias = bias, .rows = rows,
-                        .in = in, .outs = outs, .width = (width + BLOCK - 1) / BLOCK * BLOCK, .type = type};
-    if (threads == 1) work(&call);
-    else GOMP_parallel(work, &call, threads, 0);
+    struct call call = {.out = out, .input = widened ? (char *)widened : input, .weight = weight, .bias = bias,
+                        .rows = rows, .in = in, .outs = outs, .type = type,
+                        .width = (width + BLOCK - 1) / BLOCK * BLOCK};
+    run(work, &call, threads);
     free(widened);
     return 1;
 }

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from thinkkv.kernels.c_library import load
+from thinkkv.kernels.c_library import TYPES, load
 from thinkkv.kernels.linear import reference
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_ROWS = 8
 """With more, torch's matrix products are as fast."""
 
@@ -79,3 +78,8 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if inputs.numel() == weight.shape[1]:  # a single row becomes a loop, fused with its neighbours: sdk/compiled.py
         return reference.linear(inputs, weight, bias)
     return operator(inputs, weight, bias)
+
+
+def forward(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    """The forward of a linear layer."""
+    return linear(inputs, layer.weight, layer.bias)

@@ -14,9 +14,7 @@
 #define CHUNK 16 /* entries whose values are added at once; half as many where they are widened to float32 */
 #define MAX_GROUP 16
 #define MAX_DIM 256
-#define SHORTEST_PART 256          /* entries; below it, merging costs more than balance saves */
-#define BYTES_PER_THREAD (1 << 17) /* below it, waking a thread costs more than it saves */
-#define PARTS_PER_THREAD 4
+#define SHORTEST_PART 256 /* entries; below it, merging costs more than balance saves */
 
 struct row {
     int32_t first, count; /* visible entries, counted from the row's offset */
@@ -159,7 +157,7 @@ INLINE void attend_part(const struct call *call, int64_t task, enum type type) {
     float *maxima = call->maxima + task * group, *totals = call->totals + task * group;
     const char *query = call->query + call->row_of[task] * group * dim * size_of(type);
     if (OPERAND(type) != type) {
-        for (int64_t i = 0; i < group * dim; i++) widened[i] = load_one(query, i, type);
+        widen(widened, query, group * dim, type);
         query = (const char *)widened;
     }
     memset(sums, 0, group * dim * sizeof *sums);
@@ -220,8 +218,7 @@ int ragged_decode(void *out, const void *query, const void *keys, const void *va
                           float scale, int type, int threads) {
     int64_t total = 0, tasks = 0;
     for (int64_t r = 0; r < rows; r++) total += lengths[r];
-    int64_t worthwhile = 1 + total * dim * 2 * (int64_t)size_of(type) / BYTES_PER_THREAD;
-    if (threads > worthwhile) threads = worthwhile;
+    threads = worthwhile(threads, total * dim * 2 * (int64_t)size_of(type));
     int64_t width = threads == 1 ? total + 1 : total / (PARTS_PER_THREAD * threads) + 1;
     if (width < SHORTEST_PART) width = SHORTEST_PART;
     width = (width + TILE - 1) / TILE * TILE;
@@ -241,8 +238,7 @@ int ragged_decode(void *out, const void *query, const void *keys, const void *va
                         .group = group, .width = width, .tasks = tasks, .scale = scale * 1.44269504f, .type = type,
                         .rows = row, .row_of = row_of, .sums = sums, .maxima = sums + tasks * group * dim,
                         .totals = sums + tasks * group * (dim + 1)};
-    if (threads == 1) work(&call);
-    else GOMP_parallel(work, &call, threads, 0);
+    run(work, &call, threads);
     free(memory);
     return 1;
 }

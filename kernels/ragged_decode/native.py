@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from thinkkv.kernels.c_library import load
+from thinkkv.kernels.c_library import TYPES, load
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LANES, MAX_GROUP, MAX_DIM = 8, 16, 256
 
 _kernel = load(Path(__file__).with_suffix(".c")).ragged_decode

@@ -41,23 +41,26 @@ OLD_LOGP = -3.0
 """What the sampler is said to have given every token."""
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    """A random model for the task's vocabulary."""
-    torch.manual_seed(5)
+def tiny_llama(seed: int = 5, **different: Any) -> LlamaForCausalLM:
+    """A random model for the task's vocabulary; sizes may be different."""
+    torch.manual_seed(seed)
     words = tokenizer()
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+        "max_position_embeddings": 256,
+    }
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.2,
-            max_position_embeddings=256,
             pad_token_id=words.pad_token_id,
             eos_token_id=words.eos_token_id,
             bos_token_id=None,
+            **sizes | different,
         )
     )
 

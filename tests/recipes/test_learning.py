@@ -6,6 +6,7 @@ does not tell steps apart, or advantages on the wrong tokens fail.
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from trl import GRPOConfig
 
+from tests.recipes.fixed_rollouts import tiny_llama
 from thinkkv.recipes.config import RewardConfig, RolloutConfig
 from thinkkv.recipes.responses import sample, text_of
 from thinkkv.recipes.rewards import build_reward, call
@@ -52,22 +54,8 @@ def problems(count: int, rng: random.Random) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def verbose() -> LlamaForCausalLM:
     """A model that reasons right and at length."""
-    torch.manual_seed(0)
     words, rng = tokenizer(), random.Random(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            initializer_range=0.1,
-            pad_token_id=words.pad_token_id,
-            eos_token_id=words.eos_token_id,
-            bos_token_id=None,
-        )
-    )
+    model = tiny_llama(0, hidden_size=64, intermediate_size=128, num_key_value_heads=4, initializer_range=0.1)
     steps = 300
     adam = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 1e-2, total_steps=steps, pct_start=0.1)
@@ -99,8 +87,6 @@ def answered(model: Any) -> tuple[float, float, float]:
 def trained(start: LlamaForCausalLM, folder: Path, settings: SCPO) -> Any:
     """The start after a few updates."""
     rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in problems(200, random.Random(2))]
-    model = LlamaForCausalLM(start.config)
-    model.load_state_dict(start.state_dict())
     arguments = GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=64,
@@ -122,7 +108,7 @@ def trained(start: LlamaForCausalLM, folder: Path, settings: SCPO) -> Any:
         seed=0,
     )
     trainer = SCPOTrainer(
-        model=model,
+        model=copy.deepcopy(start),
         args=arguments,
         reward_funcs=[REWARD],
         train_dataset=Dataset.from_list(rows),
