@@ -1,10 +1,11 @@
-"""What a cache costs on a CPU: attention over the rows held, beside the time that reading them once takes.
+"""What a cache costs on a CPU: attention over the rows held, beside moving the same bytes with torch alone.
 
     python benchmarks/attention_speed.py --out benchmarks/results/attention_speed.json
 
 Attends to every layer's rows, alone and behind appending a token, as a decode step does; there are as many layers as in
 the model, so no row is in the processor's cache. ``layouts`` compares rows of one, two and three lengths that hold the
-same bytes. ``prefill`` times the policies' part of a prompt: window scores, separator and compaction.
+same bytes, in turns with two yardsticks on the same memory: ``read`` sums all of it, ``copy`` writes half of it over
+the other half. ``prefill`` times the policies' part of a prompt: window scores, separator and compaction.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from decode_speed import copy_bandwidth, prompt_batch
+from decode_speed import prompt_batch
 from environment import save
 from rich.console import Console
 from rich.table import Table
@@ -65,30 +66,53 @@ def step(layers: list[Arena], dtype: torch.dtype, *, append: bool) -> Callable[[
     return run
 
 
+def yardsticks(layers: list[Arena]) -> dict[str, Callable[[], None]]:
+    """Ways to move all bytes of the layers with torch's threads: all of them read, or half read and half written."""
+    memory = [rows.view(torch.float32) for arena in layers for rows in (arena.keys, arena.values)]
+    half = len(memory) // 2
+
+    def read() -> None:
+        for rows in memory:
+            rows.sum()
+
+    def copy() -> None:
+        for source, target in zip(memory[:half], memory[half:], strict=True):
+            target.copy_(source)
+
+    return {"read": read, "copy": copy}
+
+
+def medians(runs: dict[Any, Callable[[], None]], turns: int) -> dict[Any, float]:
+    """Median seconds of each, eight at a time in turns, after two turns to warm up."""
+    times: dict[Any, list[float]] = {key: [] for key in runs}
+    for turn in range(turns + 2):
+        for key, run in runs.items():
+            for _ in range(8):
+                start = time.perf_counter()
+                run()
+                if turn >= 2:
+                    times[key].append(time.perf_counter() - start)
+    return {key: statistics.median(taken) for key, taken in times.items()}
+
+
+@torch.inference_mode()
 def layouts(dtype: torch.dtype, tokens: int, turns: int) -> list[dict[str, Any]]:
     """Rows of the table: every layout at ``tokens`` held per row on average, in turns."""
     runs = {
         name: [layer([int(tokens * share) for share in shares], dtype) for _ in range(LAYERS)]
         for name, shares in LAYOUTS.items()
     }
-    steps = {(name, append): step(runs[name], dtype, append=append) for append in (False, True) for name in runs}
-    times: dict[tuple[str, bool], list[float]] = {key: [] for key in steps}
-    bandwidths = []
-    with torch.inference_mode():
-        for turn in range(turns + 2):
-            bandwidths.append(copy_bandwidth())
-            for key, run in steps.items():
-                for _ in range(8):
-                    start = time.perf_counter()
-                    run()
-                    if turn >= 2:
-                        times[key].append(time.perf_counter() - start)
-    medians = {key: statistics.median(taken) for key, taken in times.items()}
-    bandwidth = statistics.median(bandwidths)
+    steps: dict[tuple[str, Any], Callable[[], None]] = {
+        (name, append): step(runs[name], dtype, append=append) for append in (False, True) for name in runs
+    }
+    moves = {(name, way): run for name, layers in runs.items() for way, run in yardsticks(layers).items()}
+    taken = medians({**steps, **moves}, turns)
     rows = []
     for name, layers in runs.items():
         held = sum(arena.used for arena in layers) * DIM * dtype.itemsize * 2
-        attend, both = medians[name, False], medians[name, True]
+        attend, both = taken[name, False], taken[name, True]
+        filled = held / sum(arena.keys.nbytes + arena.values.nbytes for arena in layers)
+        copy, read = (taken[name, way] * filled for way in ("copy", "read"))
         rows.append(
             {
                 "dtype": str(dtype).removeprefix("torch."),
@@ -96,12 +120,14 @@ def layouts(dtype: torch.dtype, tokens: int, turns: int) -> list[dict[str, Any]]
                 "tokens_per_row": tokens,
                 "layout": name,
                 "held_bytes": held,
-                "bound_ms": round(1000 * held / bandwidth, 3),
+                "copy_ms": round(1000 * copy, 3),
+                "read_ms": round(1000 * read, 3),
                 "attend_ms": round(1000 * attend, 3),
-                "attend_over_bound": round(attend * bandwidth / held, 2),
+                "attend_over_copy": round(attend / copy, 2),
+                "attend_over_read": round(attend / read, 2),
                 "with_append_ms": round(1000 * both, 3),
-                "with_append_over_bound": round(both * bandwidth / held, 2),
-                "over_two_lengths": round(both / medians["two lengths", True], 2),
+                "with_append_over_copy": round(both / copy, 2),
+                "over_two_lengths": round(both / taken["two lengths", True], 2),
             }
         )
     return rows

@@ -37,36 +37,78 @@ struct call {
     atomic_llong next;
 };
 
-/* 2^x for x <= 0, to float32's precision; NaN stays NaN. */
+/* 2^r to float32's precision, |r| <= 1/2. */
+#define POWER(r)                                                                                                       \
+    (1 + (r) * (0.69314718f + (r) * (0.24022651f + (r) * (0.05550411f +                                                \
+     (r) * (0.00961813f + (r) * (0.00133336f + (r) * 0.00015404f))))))
+#define LEAST (-126) /* exponents below it count as it */
+
+/* 2^x for x <= 0; NaN stays NaN. */
 INLINE float power_of_two(float x) {
-    x = x < -126 ? -126 : x;
-    float whole = rintf(x), r = x - whole;
-    float y = 0.00961813f + r * (0.00133336f + r * 0.00015404f);
-    y = 1 + r * (0.69314718f + r * (0.24022651f + r * (0.05550411f + r * y)));
+    x = x < LEAST ? LEAST : x;
+    float whole = rintf(x), power;
     uint32_t bits = (uint32_t)((int32_t)whole + 127) << 23;
-    float power;
     memcpy(&power, &bits, 4);
-    return y * power;
+    return POWER(x - whole) * power;
 }
 
-/* Turn a head's products into weights, and rescale what was summed before to the new maximum. */
-INLINE void weigh(float *scores, int count, float scale, float *maximum, float *total, float *sums, int64_t dim) {
-    float most[LANES], added[LANES] = {0}, before = *maximum;
-    for (int lane = 0; lane < LANES; lane++) most[lane] = before;
+/* `scaled`: a tile's products become exponents, minus infinity from `count` on; returns the largest of them and `most`.
+   `raised`: exponents become weights, the powers of two of what they have over `maximum`; returns their sum. */
+#ifdef __AVX512F__
+INLINE float scaled(float *scores, int count, float scale, float most) {
+    __m512 largest = _mm512_set1_ps(most), none = _mm512_set1_ps(-INFINITY);
+    for (int t = 0; t < TILE; t += 16) {
+        __mmask16 mask = count - t >= 16 ? 0xffff : count > t ? (1 << (count - t)) - 1 : 0;
+        __m512 x = _mm512_mask_mul_ps(none, mask, _mm512_loadu_ps(scores + t), _mm512_set1_ps(scale));
+        _mm512_storeu_ps(scores + t, x);
+        largest = _mm512_max_ps(x, largest); /* the second where x is NaN */
+    }
+    return _mm512_reduce_max_ps(largest);
+}
+
+INLINE float raised(float *scores, float maximum) {
+    __m512 added = _mm512_setzero_ps();
+    for (int t = 0; t < TILE; t += 16) {
+        __m512 x = _mm512_sub_ps(_mm512_loadu_ps(scores + t), _mm512_set1_ps(maximum));
+        x = _mm512_max_ps(_mm512_set1_ps(LEAST), x);
+        __m512 whole = _mm512_roundscale_ps(x, 8), y = _mm512_scalef_ps(POWER(x - whole), whole);
+        _mm512_storeu_ps(scores + t, y);
+        added = _mm512_add_ps(added, y);
+    }
+    return _mm512_reduce_add_ps(added);
+}
+#else
+INLINE float scaled(float *scores, int count, float scale, float most) {
+    float largest[LANES];
+    for (int lane = 0; lane < LANES; lane++) largest[lane] = most;
     for (int t = 0; t < TILE; t++) scores[t] = t < count ? scores[t] * scale : -INFINITY;
     for (int t = 0; t < TILE; t += LANES)
         for (int lane = 0; lane < LANES; lane++)
-            most[lane] = scores[t + lane] > most[lane] ? scores[t + lane] : most[lane];
-    for (int lane = 0; lane < LANES; lane++) *maximum = most[lane] > *maximum ? most[lane] : *maximum;
-    for (int t = 0; t < TILE; t++) scores[t] = power_of_two(scores[t] - *maximum);
+            largest[lane] = scores[t + lane] > largest[lane] ? scores[t + lane] : largest[lane];
+    for (int lane = 0; lane < LANES; lane++) most = largest[lane] > most ? largest[lane] : most;
+    return most;
+}
+
+INLINE float raised(float *scores, float maximum) {
+    float added[LANES] = {0}, total = 0;
+    for (int t = 0; t < TILE; t++) scores[t] = power_of_two(scores[t] - maximum);
     for (int t = 0; t < TILE; t += LANES)
         for (int lane = 0; lane < LANES; lane++) added[lane] += scores[t + lane];
+    for (int lane = 0; lane < LANES; lane++) total += added[lane];
+    return total;
+}
+#endif
+
+/* Turn a head's products into weights, and rescale what was summed before to the new maximum. */
+INLINE void weigh(float *scores, int count, float scale, float *maximum, float *total, float *sums, int64_t dim) {
+    float before = *maximum;
+    *maximum = scaled(scores, count, scale, before);
     if (*maximum > before) {
         float shrink = power_of_two(before - *maximum);
         *total *= shrink;
         for (int64_t d = 0; d < dim; d++) sums[d] *= shrink;
     }
-    for (int lane = 0; lane < LANES; lane++) *total += added[lane];
+    *total += raised(scores, *maximum);
 }
 
 #ifdef PAIRS
