@@ -18,6 +18,10 @@ from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
 from thinkkv.sdk.plan import KeepPlan, PromptView
 from thinkkv.sdk.policies.sinks_middle_recent import SinksMiddleRecent
 
+WINDOWS = 8
+"""A prompt of so many observation windows behind its sinks is kept whole: with the defaults as short a one as Task-KV
+keeps whole. It is few bytes, and a small ratio would leave less than the policy can work with."""
+
 
 @dataclass(frozen=True)
 class RetrievalKV(SinksMiddleRecent):
@@ -35,6 +39,11 @@ class RetrievalKV(SinksMiddleRecent):
     head_scores: tuple[tuple[float, ...], ...] = ()
     share: float = 0.2
     recent: int = 32
+
+    @property
+    def always_kept(self) -> int:
+        """Sinks, and recent tokens or some observation windows, whichever are more."""
+        return self.sinks + max(self.recent, WINDOWS * self.observation_window)
 
     def layer_budgets(self, layers: Sequence[LayerPrompt], budget: Budget) -> list[LayerBudget]:
         """As many of the best heads as fit are full; every other head of the model gets the same tokens."""

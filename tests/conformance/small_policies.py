@@ -25,7 +25,7 @@ SMALLEST = {
 }
 """Tokens per head that each policy below cannot do without, by its constants."""
 
-ALWAYS_KEPT = SMALLEST | {"task-kv": 10, "retrieval-kv": 8}
+ALWAYS_KEPT = SMALLEST | {"task-kv": 10, "retrieval-kv": 34}
 """Prompts up to this length stay whole."""
 
 NAMES = tuple(SMALLEST)

@@ -185,8 +185,8 @@ def test_prompts_up_to_the_always_kept_length_stay_whole(variant: str, policy: s
         conversation = Conversation(case.model(), handle.new_cache())
         conversation.feed(case.batch())
         found = handle.report().bytes
-    whole = [[list(range(length))] * 2 for length in case.lengths]
-    assert conversation.cache.kept_positions() == [whole] * 3
+    for window, kept in zip(case.windows, conversation.cache.kept_positions(), strict=True):
+        assert kept == [[list(range(length - visible(window, length), length))] * 2 for length in case.lengths]
     assert found.used == found.promised == found.full
 
 

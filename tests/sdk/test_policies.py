@@ -174,6 +174,17 @@ def test_a_prompt_of_its_ends_alone_is_kept_whole(name: str) -> None:
         assert all(plan.tokens == 2 * tokens for _, _, plan in plans)
 
 
+@pytest.mark.parametrize("tokens", [49, 128, 272, 273])
+@pytest.mark.parametrize("name", ["task-kv", "retrieval-kv"])
+def test_a_quarter_of_a_short_prompt_is_never_too_little(name: str, tokens: int) -> None:
+    probe = Model(kv_heads=2, group=2, windows=(None,) * 2, tokens=tokens, seed=0)
+    policy = policy_named(name) if name != "retrieval-kv" else RetrievalKV(head_scores=probe.head_scores())
+    plans = plans_of(policy, Budget(ratio=0.25), probe)
+    assert plans is not None, "refused"
+    whole = [plan.tokens == 2 * tokens for _, _, plan in plans]
+    assert all(whole) if tokens <= 272 else not any(whole)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_policy_is_found_by_its_name(name: str) -> None:
     assert POLICIES[name].name == policy_named(name).name == name
