@@ -2,8 +2,9 @@
 
     python benchmarks/export_equality.py --out benchmarks/results/export_equality.json
 
-A float32 bundle must give the greedy tokens of the PyTorch path with the same profile and keep rule. Quantized weights
-cannot: for them the rows say how often they predict the same token when fed the same text, and the perplexity.
+A float32 ONNX bundle must give the greedy tokens of the PyTorch path with the same profile and keep rule. Quantized weights
+cannot: for them the rows say how often they predict the same token when fed the same text, and the perplexity. A float16 GGUF file in llama.cpp must give
+the text of the dense PyTorch model with the same rounded weights; close calls may fall otherwise, as other sums round.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from collections.abc import Iterator
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from environment import save
 
 from thinkkv import sdk
 from thinkkv.export.bake import Baked, bake
+from thinkkv.export.gguf import write_gguf
+from thinkkv.export.llama_cpp import LlamaCpp
 from thinkkv.export.onnx.session import Session
 from thinkkv.export.onnx.torch_path import greedy_tokens
 from thinkkv.export.onnx.write import slots_of, write_onnx
@@ -57,6 +62,9 @@ def main() -> None:
                 print(rows[-1], flush=True)
             rows.append(_perplexity(baked, session, ids, arguments.scored) | {"quantize": quantize})
             print(rows[-1], flush=True)
+    for found in _gguf(baked, tokenizer, prompts, arguments):
+        rows.append(found)
+        print(rows[-1], flush=True)
     if arguments.out:
         save(arguments.out, {"rows": rows})
 
@@ -106,6 +114,31 @@ def _perplexity(baked: Baked, session: Session, ids: list[int], scored: int) -> 
         "scored": scored,
         "prompt_tokens": len(prompt),
     }
+
+
+def _gguf(
+    baked: Baked, tokenizer: Any, prompts: list[list[int]], arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Greedy text of stock llama.cpp, full cache, beside the dense PyTorch model's. The model's weights are rounded."""
+    for parameter in baked.model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.half().float()
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        write_gguf(baked, Path(folder) / "model.gguf")
+        context = max(map(len, prompts)) + arguments.new
+        runtime = LlamaCpp(Path(folder) / "model.gguf", context=context, threads=torch.get_num_threads())
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            out = baked.model.generate(ids, max_new_tokens=arguments.new, do_sample=False)[0, len(prompt) :]
+            expected, found = tokenizer.decode(out, skip_special_tokens=True), runtime.text(prompt, arguments.new)
+            yield {
+                "prompt_tokens": len(prompt),
+                "compared": len(out),
+                "equal_text": found == expected,
+                "equal_characters": len(commonprefix([found, expected])),
+                "characters": len(expected),
+                "quantize": "gguf f16",
+            }
 
 
 def _text(tokenizer: Any) -> list[int]:
