@@ -2,9 +2,10 @@
 
     python benchmarks/export_equality.py --out benchmarks/results/export_equality.json
 
-A float32 ONNX bundle must give the greedy tokens of the PyTorch path with the same profile and keep rule. Quantized weights
-cannot: for them the rows say how often they predict the same token when fed the same text, and the perplexity. A float16 GGUF file in llama.cpp must give
-the text of the dense PyTorch model with the same rounded weights; close calls may fall otherwise, as other sums round.
+A float32 ONNX bundle must give the greedy tokens of the PyTorch path with the same profile and keep rule. Quantized
+weights cannot: for them the rows say how often they predict the same token when fed the same text, and the perplexity.
+A float16 GGUF file in llama.cpp must give the text of the dense PyTorch model with the same rounded weights; close
+calls may fall otherwise, as other sums round.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import math
 import tempfile
 from collections.abc import Iterator
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,9 @@ def _gguf(
                 "prompt_tokens": len(prompt),
                 "compared": len(out),
                 "equal_text": found == expected,
-                "equal_characters": len(commonprefix([found, expected])),
+                "equal_characters": sum(
+                    1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(found, expected, strict=False))
+                ),
                 "characters": len(expected),
                 "quantize": "gguf f16",
             }
