@@ -30,7 +30,7 @@ from thinkkv.export.onnx.session import Session
 from thinkkv.export.onnx.torch_path import greedy_tokens
 from thinkkv.export.onnx.write import slots_of, write_onnx
 from thinkkv.sdk.budget import Budget
-from thinkkv.sdk.calibration import builtin_prompts
+from thinkkv.sdk.hidden_facts import builtin_prompts
 from thinkkv.sdk.policies import policy_named
 from thinkkv.sdk.profile import SCORES, score_for
 

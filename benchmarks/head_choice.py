@@ -3,8 +3,9 @@
     python benchmarks/head_choice.py                    # about 15 minutes a task on two cores; a killed run goes on
     python benchmarks/head_choice.py --tasks passkey --ratio 0.25
 
-Rankings over all KV heads of the model, the best full as far as the budget goes (``retrieval-kv``'s rule): by attention
-mass on answers (``retrieval``), by distance from the layer's semantic center as in Task-KV (``farthest``), by its
+Rankings over all KV heads of the model, the best full as far as the budget goes (``retrieval-kv``'s rule): by the order
+in which an answer's loss lets them go (``elimination``, what ``retrieval-kv``'s profile holds), by their attention to
+answers (``attention-mass``), by distance from the layer's semantic center as in Task-KV (``farthest``), by its
 opposite (``nearest``), and by chance (``random-0`` and so on). Distances are means over the built-in prompts: a static
 choice, not Task-KV's choice per prompt. Samples and answers go into ``results/head_choice.jsonl``, means into
 ``results/head_choice.json``.
@@ -17,6 +18,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from attention_mass import attention_mass
 from environment import save
 
 from thinkkv import sdk
@@ -36,10 +38,10 @@ Scores = tuple[tuple[float, ...], ...]
 
 def rankings(model: Any, tokenizer: Any, chances: int) -> dict[str, Scores]:
     """Scores of every KV head, [layers][KV heads], by the name of the ranking."""
-    retrieval = calibrate(model, tokenizer, score="retrieval").scores
     distance = calibrate(model, tokenizer, score="distance").scores
     found = {
-        "retrieval": retrieval,
+        "elimination": calibrate(model, tokenizer, score="retrieval").scores,
+        "attention-mass": attention_mass(model, tokenizer),
         "farthest": distance,
         "nearest": tuple(tuple(-score for score in layer) for layer in distance),
     }

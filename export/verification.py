@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from thinkkv.export.bake import Baked
-from thinkkv.sdk.calibration import builtin_prompts
+from thinkkv.sdk.hidden_facts import builtin_prompts
 
 SHORT, LONGEST, NEW = 64, 2048, 32
 """Tokens of the short prompt, of the long one at most, and generated after each."""

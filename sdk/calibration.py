@@ -1,14 +1,13 @@
 """Calibrate a head profile: score every KV head over a set of prompts, and fix the classes.
 
-``distance`` averages Task-KV's distance from the semantic center over the prompts of a task. ``retrieval`` is ours: the
-attention mass that a head's queries put on an answer's tokens while that answer is emitted, in synthetic code tables.
+``distance`` averages Task-KV's distance from the semantic center over the prompts of a task. ``retrieval`` is ours: how
+long a head stays when heads that an answer does not need are eliminated (``sdk/elimination.py``).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +17,8 @@ from torch import nn
 from thinkkv.patches.architecture import LayerShape
 from thinkkv.patches.errors import ProfileMismatchError, ThinkKVError
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, everything
-from thinkkv.sdk.code_tables import CodeTable, code_tables
+from thinkkv.sdk.elimination import Progress, elimination_ranks
+from thinkkv.sdk.hidden_facts import builtin_prompts, hidden_facts
 from thinkkv.sdk.patching import apply
 from thinkkv.sdk.plan import KeepPlan, PromptView
 from thinkkv.sdk.policies import Policy, RetrievalKV, TaskKV
@@ -26,13 +26,11 @@ from thinkkv.sdk.policies.task_kv import choose_heads
 from thinkkv.sdk.profile import SCORES, HeadProfile, fingerprint_of
 from thinkkv.sdk.separator import head_distances
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
 MAX_PROMPT_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class _Scorer(Policy):
+class HeadScorer(Policy):
     """Keeps everything and notes a score per head: a policy, so that calibration takes the way of every prompt."""
 
     name: ClassVar[str] = "calibration"
@@ -52,24 +50,11 @@ class _Scorer(Policy):
 
 
 @dataclass(frozen=True)
-class _DistanceScorer(_Scorer):
+class _DistanceScorer(HeadScorer):
     def score(self, prompt: PromptView) -> torch.Tensor:
         options = TaskKV()
         scores = prompt.window_scores(options.observation_window)
         return head_distances(prompt, scores, top=options.top, unit=options.unit, reduction=options.reduction)
-
-
-@dataclass(frozen=True)
-class _RetrievalScorer(_Scorer):
-    tokens: int = 0
-    answer_queries: int = 1
-    answer_positions: tuple[int, ...] = ()
-
-    def score(self, prompt: PromptView) -> torch.Tensor:
-        first = self.tokens - prompt.tokens  # a sliding window hides what stands before
-        seen = [position - first for position in self.answer_positions if position >= first]
-        mass = prompt.window_scores(self.answer_queries)[:, seen].sum(dim=1)
-        return mass.unflatten(0, (prompt.kv_heads, -1)).amax(dim=1)
 
 
 def calibrate(
@@ -87,7 +72,7 @@ def calibrate(
         tokenizer: its tokenizer.
         prompts: texts of the task, for ``distance``; without any, the built-in set. ``retrieval`` makes its own.
         score: ``distance`` or ``retrieval``.
-        progress: wraps the iteration over prompts, for a progress bar.
+        progress: wraps the iteration over prompts, or rounds of elimination, for a progress bar.
 
     Returns:
         The profile; ``save`` writes it with its picture.
@@ -97,37 +82,24 @@ def calibrate(
     """
     if score not in SCORES:
         raise ProfileMismatchError(f"no calibration score {score!r} - choose one of {', '.join(SCORES)}")
-    runs: list[tuple[Sequence[int], _Scorer]]
     if score == "retrieval":
-        tables = code_tables(tokenizer)
-        texts = [table.text for table in tables]
-        runs = [(table.ids, _retrieval_scorer(table)) for table in tables]
+        facts = hidden_facts(tokenizer)
+        texts, scores = [fact.text for fact in facts], torch.tensor(elimination_ranks(model, facts, progress))
     else:
         texts = [text for text in (prompts if prompts is not None else builtin_prompts()) if text.strip()]
-        runs = [(tokenizer(text).input_ids[:MAX_PROMPT_TOKENS], _DistanceScorer()) for text in texts]
-    if not runs:
-        raise ProfileMismatchError("no prompt to calibrate on - every text was empty")
-    scored = [_scores(model, ids, scorer) for ids, scorer in progress(runs)]
+        if not texts:
+            raise ProfileMismatchError("no prompt to calibrate on - every text was empty")
+        prompt_ids = [tokenizer(text).input_ids[:MAX_PROMPT_TOKENS] for text in texts]
+        found = [head_scores(model, ids, _DistanceScorer()) for ids in progress(prompt_ids)]
+        scores = torch.tensor(found).mean(dim=0)
     with apply(model) as handle:
         shapes = handle.shapes
-    return _profile(model, shapes, score, torch.tensor(scored).mean(dim=0), texts)
-
-
-def builtin_prompts() -> list[str]:
-    """The small prompt set that ships with thinkkv: reasoning, look-up, code, story, plan."""
-    from importlib.resources import files
-
-    lines = (files("thinkkv.sdk") / "prompts" / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prompt"] for line in lines]
-
-
-def _retrieval_scorer(table: CodeTable) -> _RetrievalScorer:
-    return _RetrievalScorer(len(table.ids), table.answer_queries, table.answer_positions)
+    return _profile(model, shapes, score, scores, texts)
 
 
 @torch.inference_mode()
-def _scores(model: nn.Module, ids: Sequence[int], scorer: _Scorer) -> list[list[float]]:
-    """[layers][KV heads] of one prompt."""
+def head_scores(model: nn.Module, ids: Sequence[int], scorer: HeadScorer) -> list[list[float]]:
+    """[layers][KV heads]: what a scorer makes of one prompt."""
     with apply(model, policy=scorer, ratio=1.0) as handle:
         cache = handle.new_cache()
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _LABELS = {
     "distance": "distance from the layer's semantic center / layer mean",
-    "retrieval": "attention mass on the answer's tokens",
+    "retrieval": "place in the order of elimination (1: the last to go)",
 }
 
 

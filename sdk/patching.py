@@ -110,6 +110,7 @@ class PatchHandle:
     """A patch in force on one model.
 
     Attributes:
+        compression: policy, budget and attention geometry together, which its caches follow.
         policy: the policy.
         budget: the promise.
         shapes: attention geometry per layer.
@@ -121,7 +122,7 @@ class PatchHandle:
     ) -> None:
         self._model = model
         self._backend = backend
-        self._compression = compression
+        self.compression = compression
         self._latest: weakref.ref[HeterogeneousCache] | None = None
         self._snapshot: Report | None = None
         self.active = False
@@ -130,21 +131,21 @@ class PatchHandle:
     @property
     def policy(self) -> Policy:
         """The policy in force."""
-        return self._compression.policy
+        return self.compression.policy
 
     @property
     def budget(self) -> Budget:
         """The promise in force."""
-        return self._compression.budget
+        return self.compression.budget
 
     @property
     def shapes(self) -> tuple[LayerShape, ...]:
         """Attention geometry per layer."""
-        return self._compression.shapes
+        return self.compression.shapes
 
     def new_cache(self) -> HeterogeneousCache:
         """An empty cache, to be passed as ``past_key_values`` and kept over several turns."""
-        cache = HeterogeneousCache(self._compression)
+        cache = HeterogeneousCache(self.compression)
         self._latest, self._snapshot = weakref.ref(cache), None
         return cache
 

@@ -39,7 +39,7 @@ class HeadProfile:
     """What a calibration found out about a model's KV heads.
 
     Args:
-        score: ``distance`` (Task-KV's, mean over prompts) or ``retrieval`` (attention mass on answers).
+        score: ``distance`` (Task-KV's, mean over prompts) or ``retrieval`` (place in the order of elimination).
         scores: [layers][KV heads]; higher means that the head needs its whole cache more.
         heterogeneous: per layer the KV heads that the policy's defaults keep full where the budget allows.
         fingerprint: of the model, from ``fingerprint_of``.

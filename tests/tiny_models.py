@@ -162,3 +162,26 @@ def _sharpen_head_norms(model: nn.Module) -> None:
 
 def _seed(label: str) -> int:
     return SEED + zlib.crc32(label.encode())
+
+
+def stock_attention(model: Any, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per layer the stock model's attention [Hq, N, N] and its values [n, N, D], in float64."""
+    values: list[torch.Tensor] = []
+    hooks = [
+        layer.self_attn.v_proj.register_forward_hook(lambda module, args, out: values.append(out[0]))
+        for layer in model.model.layers
+    ]
+    previous = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            out = model(torch.tensor([ids]), output_attentions=True, use_cache=False)
+    finally:
+        model.set_attn_implementation(previous)
+        for hook in hooks:
+            hook.remove()
+    heads = model.config.num_key_value_heads
+    return [
+        (attention[0].double(), value.double().unflatten(-1, (heads, -1)).transpose(0, 1))
+        for attention, value in zip(out.attentions, values, strict=True)
+    ]

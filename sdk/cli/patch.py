@@ -147,7 +147,8 @@ def _run(
     """Calibrate, verify, measure, save; the result without the model's name."""
     import torch
 
-    from thinkkv.sdk.calibration import builtin_prompts, calibrate
+    from thinkkv.sdk.calibration import calibrate
+    from thinkkv.sdk.hidden_facts import builtin_prompts
     from thinkkv.sdk.patching import DEFAULT_RATIO
     from thinkkv.sdk.policies import policy_named
     from thinkkv.sdk.verification import verify

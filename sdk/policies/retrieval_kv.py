@@ -1,7 +1,7 @@
 """Retrieval-KV: the KV heads that look things up keep everything. Our own policy, not a paper's.
 
-A profile calibrated with ``--score retrieval`` ranks all KV heads of the model by the attention mass they put on an
-answer's tokens in synthetic needle prompts (the idea of DuoAttention, HeadKV and RazorAttention; the score is ours).
+A profile calibrated with ``--score retrieval`` ranks all KV heads of the model by how much answers about hidden facts
+need them (``sdk/elimination.py``; that a few heads retrieve is the idea of DuoAttention, HeadKV and RazorAttention).
 The best share of them, over all layers at once, keeps the whole cache; the others keep what Task-KV's others keep.
 """
 

@@ -1,13 +1,22 @@
-"""Synthetic look-up prompts: the answer stands where the table says it does."""
+"""The attention that heads pay to an answer: against the stock model's, on tables that hold it where they say."""
 
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from thinkkv.sdk.code_tables import ENTRIES, TABLES, CodeTable, code_tables
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # scripts, no package
+
+from attention_mass import ENTRIES, TABLES, CodeTable, attention_mass, code_tables
+
+from tests.tiny_models import LAYERS, QUERY_HEADS, new_model, stock_attention
+
+KV_HEADS = 4
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +68,21 @@ def test_tables_are_reproducible_and_differ_by_seed(char_tokenizer: Any) -> None
     assert first == again
     assert first != other
     assert first[0].text != first[1].text
+
+
+def test_scores_equal_the_stock_models_attention_mass(tables: list[CodeTable], char_tokenizer: Any) -> None:
+    model = new_model("llama", KV_HEADS)
+    expected = torch.zeros(LAYERS, KV_HEADS, dtype=torch.float64)
+    for table in tables:
+        for layer, (attention, _) in enumerate(stock_attention(model, list(table.ids))):
+            asking = attention[:, -table.answer_queries :][:, :, list(table.answer_positions)]
+            mass = asking.sum(dim=2).mean(dim=1)
+            expected[layer] += mass.unflatten(0, (KV_HEADS, QUERY_HEADS // KV_HEADS)).amax(dim=1) / len(tables)
+    found = torch.tensor(attention_mass(model, char_tokenizer), dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_window_shorter_than_the_table_hides_the_answer(char_tokenizer: Any) -> None:
+    model = new_model("qwen2-mixed", KV_HEADS)
+    sliding = [layer == "sliding_attention" for layer in model.config.layer_types]
+    assert [max(row) == 0 for row in attention_mass(model, char_tokenizer)] == sliding

@@ -1,7 +1,8 @@
-"""Synthetic look-up prompts for retrieval calibration: a table of random codes, one of which is asked for.
+"""A ranking of heads to compare with: the attention that they pay to an answer's tokens while it is emitted.
 
-The answer is appended (teacher-forced), so that the queries which emit it stand at the end of the prompt; the tokens to
-find are its first occurrence, in the table. Nothing here resembles a user's task: only the heads carry over.
+The idea of RazorAttention, HeadKV and others, on synthetic tables of random codes, one of which is asked for. The
+answer is appended (teacher-forced), so that the queries which emit it stand at the end of the prompt; the tokens to
+find are its first occurrence, in the table.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ import random
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
+
+from thinkkv.sdk.calibration import HeadScorer, head_scores
+from thinkkv.sdk.plan import PromptView
 
 TABLES = 6
 ENTRIES = 90
@@ -31,6 +37,38 @@ class CodeTable:
     ids: tuple[int, ...]
     answer_queries: int
     answer_positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MassScorer(HeadScorer):
+    """The mass that a KV head's queries put on the answer's tokens; the largest of its query group.
+
+    Args:
+        tokens: of the prompt.
+        answer_queries: how many of the last queries emit the answer.
+        answer_positions: what they should look at.
+    """
+
+    name: ClassVar[str] = "attention-mass"
+
+    tokens: int = 0
+    answer_queries: int = 1
+    answer_positions: tuple[int, ...] = ()
+
+    def score(self, prompt: PromptView) -> torch.Tensor:
+        first = self.tokens - prompt.tokens  # a sliding window hides what stands before
+        seen = [position - first for position in self.answer_positions if position >= first]
+        mass = prompt.window_scores(self.answer_queries)[:, seen].sum(dim=1)
+        return mass.unflatten(0, (prompt.kv_heads, -1)).amax(dim=1)
+
+
+def attention_mass(model: Any, tokenizer: Any) -> tuple[tuple[float, ...], ...]:
+    """[layers][KV heads]: the mean over the tables."""
+    found = [
+        head_scores(model, table.ids, MassScorer(len(table.ids), table.answer_queries, table.answer_positions))
+        for table in code_tables(tokenizer)
+    ]
+    return tuple(map(tuple, torch.tensor(found).mean(dim=0).tolist()))
 
 
 def code_tables(tokenizer: Any, *, tables: int = TABLES, entries: int = ENTRIES, seed: int = 0) -> list[CodeTable]:
