@@ -26,6 +26,7 @@ PRESSES = {
     "pyramidkv": lambda removed: kvpress.PyramidKVPress(compression_ratio=removed),
     "streaming-llm": lambda removed: kvpress.StreamingLLMPress(compression_ratio=removed),
     "expected-attention": lambda removed: kvpress.ExpectedAttentionPress(compression_ratio=removed),
+    "kvzip": lambda removed: kvpress.KVzipPress(compression_ratio=removed),
 }
 
 

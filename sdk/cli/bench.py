@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 POLICIES = "stock,full,task-kv"
 ONNX_POLICIES = "full,task-kv"
+QUICK = {"contexts": "500", "new_tokens": 12, "prefills": 1}
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,18 @@ class Options:
 Examples:
   thinkkv bench --model smollm2-135m --contexts 1000,4000 --policies stock,full,task-kv --ratio 0.4,0.25
   thinkkv bench --model smollm2-135m --runtime onnx --quantize int4 --threads 1,2
-  thinkkv bench --model smollm2-135m --contexts 500 --new-tokens 12 --prefills 1 --no-memory"""
+  thinkkv bench --model smollm2-135m --quick"""
 )
 @compared_options
 @click.option("--runtime", type=click.Choice(("torch", "onnx")), default="torch", show_default=True)
 @click.option("--threads", metavar="N,M", help="Threads of the runtime.  [default: its own choice]")
-@click.option("--new-tokens", type=click.IntRange(min=1), default=48, show_default=True, help="Decode steps timed.")
-@click.option("--prefills", type=click.IntRange(min=1), default=3, show_default=True, help="Per setting.")
-@click.option("--memory/--no-memory", default=True, help="Peak memory, in a process per row.  [default: memory]")
+@click.option("--new-tokens", type=click.IntRange(min=1), help="Decode steps timed.  [default: 48]")
+@click.option("--prefills", type=click.IntRange(min=1), help="Per setting.  [default: 3]")
+@click.option("--memory/--no-memory", default=None, help="Peak memory, in a process per row.  [default: memory]")
 @click.option(
     "--quantize", type=click.Choice(("none", "int8", "int4")), default="none", help="Weights of ONNX bundles."
 )
+@click.option("--quick", is_flag=True, help="A look: 500 tokens, 12 steps, no peak memory; below 3 minutes.")
 @dtype_option
 @json_option
 def bench(
@@ -72,10 +74,11 @@ def bench(
     out: Path | None,
     runtime: str,
     threads: str | None,
-    new_tokens: int,
-    prefills: int,
-    memory: bool,
+    new_tokens: int | None,
+    prefills: int | None,
+    memory: bool | None,
     quantize: Literal["none", "int8", "int4"],
+    quick: bool,
     dtype: str | None,
     as_json: bool,
 ) -> None:
@@ -85,14 +88,15 @@ def bench(
     transformers without thinkkv.
     """
     start = time.monotonic()
+    defaults: Mapping[str, Any] = QUICK if quick else {}
     options = Options(
-        numbers(contexts or "1000,4000", "--contexts", int),
+        numbers(contexts or defaults.get("contexts", "1000,4000"), "--contexts", int),
         numbers(threads, "--threads", int) if threads else [0],
-        new_tokens,
-        prefills,
+        new_tokens or defaults.get("new_tokens", 48),
+        prefills or defaults.get("prefills", 3),
         quantize,
         dtype,
-        memory,
+        not quick if memory is None else memory,
     )
     chosen = Compared.of(model, profile, policies or (POLICIES if runtime == "torch" else ONNX_POLICIES))
     ratios = numbers(ratio, "--ratio", float)
