@@ -27,7 +27,7 @@ def draw_scores(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(1.5 + 3.4 * columns, 1.2 + 2.7 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).flat
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, panel in zip(grid, panels, strict=False):
         for color, policy in enumerate(policies):
             mine = sorted((row for row in rows if _panel(row) == panel and row["policy"] == policy), key=_mebibytes)
@@ -36,7 +36,7 @@ def draw_scores(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
         axes.set_title(panel, fontsize=8)
         axes.set_xlim(left=0)
         axes.tick_params(labelsize=7)
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.axis("off")
     figure.supxlabel("MiB of cache, allocated", fontsize=9)
     figure.suptitle(title, fontsize=10)
