@@ -22,6 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 PRESSES = {
     "full": lambda removed: None,
     "snapkv": lambda removed: kvpress.SnapKVPress(compression_ratio=removed),
+    "snapkv-window-32": lambda removed: kvpress.SnapKVPress(
+        compression_ratio=removed, window_size=32, kernel_size=7
+    ),  # as ours, whose window is the paper's and not the 64 of kvpress
     "adakv": lambda removed: kvpress.AdaKVPress(kvpress.SnapKVPress(compression_ratio=removed)),
     "pyramidkv": lambda removed: kvpress.PyramidKVPress(compression_ratio=removed),
     "streaming-llm": lambda removed: kvpress.StreamingLLMPress(compression_ratio=removed),
