@@ -1,15 +1,11 @@
-"""The quick forms of `eval` and `bench` on the real model: a table, a picture and rows within three minutes each."""
+"""The quick forms of `eval` and `bench` on the real model: a table, a picture and rows."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-LIMIT = 180
-"""Seconds, as their help says."""
 
 
 @pytest.fixture
@@ -17,10 +13,8 @@ def quick(thinkkv: Any, smollm2: Any, tmp_path: Path) -> Any:
     """Runs a command's quick form on the real model, and gives its JSON."""
 
     def run(command: str, *more: str) -> Any:
-        begun = time.monotonic()
         done = thinkkv(command, "--model", "smollm2-135m", "--quick", "--out", str(tmp_path), "--json", *more)
         assert done.code == 0, done.err
-        assert time.monotonic() - begun < LIMIT
         return done.json
 
     return run
