@@ -68,9 +68,15 @@ def main() -> None:
 
 
 def calibrated(model: Any, tokenizer: Any, score: str, out: Path) -> sdk.HeadProfile:
-    """A head profile, saved with its picture."""
-    profile = sdk.calibrate(model, tokenizer, score=score, progress=track(f"calibrating head profile by {score}"))
-    console.print(f"head map by {score}: {profile.save(out / score) / 'heads.png'}")
+    """A head profile, saved with its picture; that of the last run where there is one of this model."""
+    folder = out / score
+    try:
+        profile = sdk.HeadProfile.load(folder)
+        sdk.apply(model, profile=profile).revert()
+    except sdk.ProfileMismatchError:
+        profile = sdk.calibrate(model, tokenizer, score=score, progress=track(f"calibrating head profile by {score}"))
+        profile.save(folder)
+    console.print(f"head map by {score}: {folder / 'heads.png'}")
     return profile
 
 
