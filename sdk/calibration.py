@@ -18,6 +18,7 @@ from thinkkv.patches.architecture import LayerShape
 from thinkkv.patches.errors import ProfileMismatchError, ThinkKVError
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, everything
 from thinkkv.sdk.elimination import Progress, elimination_ranks
+from thinkkv.sdk.evaluating import evaluating, read
 from thinkkv.sdk.hidden_facts import builtin_prompts, hidden_facts
 from thinkkv.sdk.patching import apply
 from thinkkv.sdk.plan import KeepPlan, PromptView
@@ -100,20 +101,9 @@ def calibrate(
 @torch.inference_mode()
 def head_scores(model: nn.Module, ids: Sequence[int], scorer: HeadScorer) -> list[list[float]]:
     """[layers][KV heads]: what a scorer makes of one prompt."""
-    with apply(model, policy=scorer, ratio=1.0) as handle:
+    with apply(model, policy=scorer, ratio=1.0) as handle, evaluating(model):
         cache = handle.new_cache()
-        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-        was_training = model.training
-        model.eval()
-        try:
-            model(
-                torch.tensor([list(ids)], device=device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        finally:
-            model.train(was_training)
+        read(model, ids, cache)
         found = [layer.head_scores[0] for layer in handle.report(cache).layers]
     if any(scores is None for scores in found):
         raise ThinkKVError("a layer gave no scores - report this as a bug")

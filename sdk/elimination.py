@@ -11,7 +11,6 @@ are when every head is judged alone, nor kept together, as by the attention that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from thinkkv.sdk.cache import HeterogeneousCache
 from thinkkv.sdk.compression import Compression
+from thinkkv.sdk.evaluating import evaluating, read
 from thinkkv.sdk.hidden_facts import HiddenFact
 from thinkkv.sdk.layer import HeterogeneousLayer
 from thinkkv.sdk.patching import apply
@@ -90,7 +90,7 @@ class Question:
         cache = HeterogeneousCache(compression)
         cache.layers = [_GatedLayer(index, compression) for index in range(len(compression.shapes))]
         with torch.no_grad():
-            cls._forward(model, fact.prompt, cache, 1)
+            read(model, fact.prompt, cache)
         return cls(model, fact, cache)
 
     def loss(self, gates: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ class Question:
         for layer, own in zip(self.cache.layers, gates, strict=True):
             assert isinstance(layer, _GatedLayer)
             layer.gates = own
-        logits = self._forward(self.model, self.fact.asked, self.cache, self.fact.answer_tokens + 1)
+        logits = read(self.model, self.fact.asked, self.cache, keep=self.fact.answer_tokens + 1)
         answer = torch.tensor(self.fact.asked[-self.fact.answer_tokens :], device=logits.device)
         return cross_entropy(logits[:-1].float(), answer)
 
@@ -107,12 +107,6 @@ class Question:
         gates = gates.requires_grad_()
         (gradient,) = torch.autograd.grad(self.loss(gates), gates)
         return -gradient
-
-    @staticmethod
-    def _forward(model: Any, ids: Sequence[int], cache: HeterogeneousCache, keep: int) -> torch.Tensor:
-        device = model.get_input_embeddings().weight.device
-        found = model(torch.tensor([ids], device=device), past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        return found.logits[0]
 
 
 def elimination_ranks(model: nn.Module, facts: Sequence[HiddenFact], progress: Progress = iter) -> list[list[float]]:
@@ -126,7 +120,8 @@ def elimination_ranks(model: nn.Module, facts: Sequence[HiddenFact], progress: P
     Returns:
         [layers][KV heads]: place in the order of elimination, from just above 0 to 1 for the last.
     """
-    with apply(model, policy="full") as handle, _evaluating(model):
+    # Gradients are needed whatever surrounds the call.
+    with torch.inference_mode(False), torch.enable_grad(), apply(model, policy="full") as handle, evaluating(model):
         questions = [Question.read(model, fact, handle.compression) for fact in facts]
         layers, heads = len(handle.shapes), handle.shapes[0].kv_heads
         order: list[int] = []
@@ -146,15 +141,3 @@ def rounds(heads: int) -> Iterator[int]:
         closing = max(1, int(heads * CLOSED_AT_ONCE))
         yield closing
         heads -= closing
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, with gradients whatever surrounds it."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        model.train(was_training)

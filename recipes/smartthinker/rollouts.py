@@ -17,6 +17,7 @@ from trl import GRPOTrainer
 
 from thinkkv.recipes.responses import end_of
 from thinkkv.recipes.rewards import RIGHT_ABOVE
+from thinkkv.sdk.evaluating import evaluating
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,14 @@ def patched_rollouts(policy: str, ratio: float) -> Callable[[Sequence[Any], Any]
         padding = trainer._tokenizer.pad_token_id
         device = trainer.accelerator.device
         model = trainer.accelerator.unwrap_model(trainer.model)
-        training = model.training
         settings = copy.deepcopy(trainer.generation_config)
         settings.return_dict_in_generate = settings.output_logits = True
-        model.eval()
-        try:
-            with torch.no_grad(), apply(model, policy=policy, ratio=ratio):
-                out = model.generate(
-                    input_ids=pad(rows, padding_value=padding, padding_side="left").to(device),
-                    attention_mask=pad([torch.ones_like(row) for row in rows], 0, "left").to(device),
-                    generation_config=settings,
-                )
-        finally:
-            model.train(training)
+        with evaluating(model), torch.no_grad(), apply(model, policy=policy, ratio=ratio):
+            out = model.generate(
+                input_ids=pad(rows, padding_value=padding, padding_side="left").to(device),
+                attention_mask=pad([torch.ones_like(row) for row in rows], 0, "left").to(device),
+                generation_config=settings,
+            )
         width = max(map(len, rows))
         responses, logps = _until_end(out, width, trainer)
         return {"prompt_ids": prompt_ids, "completion_ids": responses, "logprobs": logps}

@@ -37,6 +37,7 @@ from thinkkv.recipes.smartthinker.importance import (
 from thinkkv.recipes.smartthinker.reward import Rollout, StepReward, step_rewards
 from thinkkv.recipes.smartthinker.rollouts import RolloutTrainer
 from thinkkv.recipes.smartthinker.steps import StepRules, Steps, prompt_opens_reasoning, split_steps
+from thinkkv.sdk.evaluating import evaluating
 
 Control = Literal["uniform", "random", "oracle"]
 Importance = Estimator | Control
@@ -188,16 +189,11 @@ class SCPOTrainer(RolloutTrainer):
         """Importance by the model that is trained, adapter on, dropout off."""
         model: Any = self.model
         packed = takes_masks(self.accelerator.unwrap_model(model))
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), self.accelerator.autocast():
-                self._idle(probes, packed)
-                if packed:
-                    return score_packed(model, probes, max_tokens=self.scpo.max_tokens)
-                return score_naive(model, probes)
-        finally:
-            model.train(training)
+        with evaluating(model), torch.no_grad(), self.accelerator.autocast():
+            self._idle(probes, packed)
+            if packed:
+                return score_packed(model, probes, max_tokens=self.scpo.max_tokens)
+            return score_naive(model, probes)
 
     def _idle(self, probes: Sequence[Probe], packed: bool) -> None:
         """Run as many idle forwards as bring this process to the busiest one's number.
