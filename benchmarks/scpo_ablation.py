@@ -3,12 +3,13 @@
     python benchmarks/scpo_ablation.py                     # all of it: hours; every finished row is kept
     python benchmarks/scpo_ablation.py --seeds 0 --methods grpo,scpo-0.5
     python benchmarks/scpo_ablation.py --updates 15 --methods front   # stopped early: rows of their own
+    python benchmarks/scpo_ablation.py --chains long --updates 15 --methods front   # 4 to 12 operations, not 2 to 6
     python benchmarks/scpo_ablation.py --only-summary
 
 Every method starts from the same weights of its seed (the tiny recipe up to stage 1) and runs the same number of
 updates in the same trainer. One row per method and seed goes into ``results/scpo_ablation.jsonl`` as soon as it is
 there; the same command goes on where it stopped. The summary is ``results/scpo_ablation.md`` and
-``results/scpo_ablation.png``, those of another number of updates have it in their names.
+``results/scpo_ablation.png``, those of long chains and of another number of updates say so in their names.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ METHODS: Mapping[str, Mapping[str, Any] | None] = {
         for alpha in UNSCALED_PENALTIES
     },
     **{f"scpo-{strength:g}": {"kind": "scpo", "strength": strength} for strength in SCPO_STRENGTHS},
+    "scpo-0.5-unscaled": {"kind": "scpo", "args": {"scale_rewards": "none"}},
     "scpo-without-importance": {"kind": "scpo", "importance": "uniform"},
     "scpo-without-step-reward": {"kind": "scpo", "strength": 0.0},
     "scpo-without-s-gae": {"kind": "scpo", "step_level": False},
@@ -69,35 +72,73 @@ class Quiet:
     def note(self, *_: Any) -> None: ...
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """What all methods share.
+
+    Args:
+        updates: of the last stage.
+        long_chains: whether problems have 4 to 12 operations instead of 2 to 6.
+    """
+
+    updates: int = UPDATES
+    long_chains: bool = False
+
+    @property
+    def name(self) -> str:
+        """In file names: what differs from the full comparison."""
+        chains = "_long_chains" if self.long_chains else ""
+        return chains + ("" if self.updates == UPDATES else f"_{self.updates}_updates")
+
+    @property
+    def rows(self) -> Path:
+        """Where its rows are kept."""
+        return RESULTS / f"scpo_ablation{self.name}.jsonl"
+
+    def recipe(self, seed: int, stage: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The tiny recipe with another last stage, or without one."""
+        import yaml
+
+        from thinkkv.recipes.config import find
+
+        recipe: dict[str, Any] = yaml.safe_load(find("tiny.yaml").read_text(encoding="utf-8"))
+        arguments = recipe["stages"].pop()["args"]
+        if stage is not None:
+            trained = {**arguments, **stage.get("args", {}), "max_steps": self.updates}
+            recipe["stages"].append({**stage, "args": trained})
+        recipe["seed"], recipe["data"]["eval_rows"] = seed, EVAL_ROWS
+        if self.long_chains:
+            recipe["data"]["options"] = {"easy": [4, 6], "hard": [8, 12]}
+            recipe["stages"][0]["args"]["max_steps"] = 1500
+            recipe["rollout"]["max_new_tokens"] = 320
+        return recipe
+
+
 def main() -> None:
     """Run what is missing, then summarise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--methods", default=",".join(METHODS), help="names with commas, or front")
     parser.add_argument("--updates", type=int, default=UPDATES)
+    parser.add_argument("--chains", choices=("short", "long"), default="short")
     parser.add_argument("--only-summary", action="store_true")
     options = parser.parse_args()
     methods = FRONT if options.methods == "front" else options.methods.split(",")
-    rows = rows_file(options.updates)
+    experiment = Experiment(options.updates, options.chains == "long")
     if not options.only_summary:
         here = describe()  # now: the code that runs is the one that is loaded here, whatever is committed meanwhile
         for seed in map(int, options.seeds.split(",")):
             for method in methods:
-                run_missing(rows, method, seed, options.updates, here)
-    summarise(read_rows(rows), rows)
+                run_missing(experiment, method, seed, here)
+    summarise(read_rows(experiment.rows), experiment.rows)
 
 
-def rows_file(updates: int) -> Path:
-    """Where the rows of a number of updates are kept."""
-    return RESULTS / ("scpo_ablation.jsonl" if updates == UPDATES else f"scpo_ablation_{updates}_updates.jsonl")
-
-
-def run_missing(rows: Path, method: str, seed: int, updates: int, here: Mapping[str, Any]) -> None:
+def run_missing(experiment: Experiment, method: str, seed: int, here: Mapping[str, Any]) -> None:
     """One row, unless it is there."""
-    if any(row["method"] == method and row["seed"] == seed for row in read_rows(rows)):
+    if any(row["method"] == method and row["seed"] == seed for row in read_rows(experiment.rows)):
         return
-    row = run_method(method, seed, updates) | here
-    with rows.open("a", encoding="utf-8") as file:
+    row = run_method(experiment, method, seed) | here
+    with experiment.rows.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     after = row["after"]
     print(
@@ -107,11 +148,11 @@ def run_missing(rows: Path, method: str, seed: int, updates: int, here: Mapping[
     )
 
 
-def run_method(method: str, seed: int, updates: int) -> dict[str, Any]:
+def run_method(experiment: Experiment, method: str, seed: int) -> dict[str, Any]:
     """Train and evaluate one method from its seed's start."""
-    start = WORK / f"seed-{seed}" / "start"
-    verbose, base = run_recipe(start, seed, None)["stages"][:3:2]
-    folder = WORK / f"seed-{seed}" / (method if updates == UPDATES else f"{method}-{updates}-updates")
+    seeds = WORK / ("long-chains" if experiment.long_chains else "") / f"seed-{seed}"
+    start, folder = seeds / "start", seeds / f"{method}{experiment.name}"
+    verbose, base = run_recipe(start, experiment.recipe(seed, None))["stages"][:3:2]
     began, stage = time.monotonic(), METHODS[method]
     if stage is not None and not folder.exists():
         # The stages before the last are the start's: the runner finds them finished.
@@ -119,32 +160,26 @@ def run_method(method: str, seed: int, updates: int) -> dict[str, Any]:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(start, copy)
         copy.rename(folder)
-    trained = None if stage is None else {**stage, "args": {**stage.get("args", {}), "max_steps": updates}}
-    after = base if trained is None else run_recipe(folder, seed, trained)["stages"][-1]
+    after = base if stage is None else run_recipe(folder, experiment.recipe(seed, stage))["stages"][-1]
     return {
         "method": method,
         "seed": seed,
         "verbose": values(verbose, "after"),
         "start": values(base, "after"),
         "after": values(after, "after"),
-        "updates": 0 if stage is None else updates,
+        "updates": 0 if stage is None else experiment.updates,
         "seconds": round(time.monotonic() - began, 1),
         "curve": [] if stage is None else curve(folder),
     }
 
 
-def run_recipe(folder: Path, seed: int, stage: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The tiny recipe with another last stage, or without one."""
+def run_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a recipe in a folder, or go on there."""
     import yaml
 
-    from thinkkv.recipes.config import find, load
+    from thinkkv.recipes.config import load
     from thinkkv.recipes.runner import run
 
-    recipe = yaml.safe_load(find("tiny.yaml").read_text(encoding="utf-8"))
-    arguments = recipe["stages"].pop()["args"]
-    if stage is not None:
-        recipe["stages"].append({**stage, "args": {**arguments, **stage["args"]}})
-    recipe["seed"], recipe["data"]["eval_rows"] = seed, EVAL_ROWS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "ablation.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")

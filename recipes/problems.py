@@ -73,13 +73,10 @@ def render(prompt: str, config: DataConfig, tokenizer: Any) -> str:
 def _task(name: str, config: DataConfig, seed: int) -> tuple[list[Row], list[Row], Callable[[str], float]]:
     if name != "running-value":
         raise RecipeError(f"no task {name!r} - choose task:running-value")
-    try:
-        style = running_value.Style(**config.options)
-    except TypeError as error:
-        raise RecipeError(f"data.options: {error} - see recipes/tasks/running_value.py") from None
-    train = running_value.rows(_count(config), seed, style)
+    lengths, style = running_value.options(config.options)
+    train = running_value.rows(_count(config), seed, style, lengths)
     # Held-out problems are the same for every seed, so that runs can be compared.
-    held_out = running_value.rows(config.eval_rows, -1)
+    held_out = running_value.rows(config.eval_rows, -1, lengths=lengths)
 
     def weigh(step: str) -> float:
         return float(running_value.step_kind(step) in running_value.CRITICAL)

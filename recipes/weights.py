@@ -121,7 +121,7 @@ def _task_tokenizer(recipe: Recipe) -> Any:
 
     if recipe.data.source != "task:running-value":
         raise RecipeError("model.scratch has a tokenizer for task:running-value only - name a model instead")
-    return running_value.tokenizer()
+    return running_value.tokenizer(running_value.options(recipe.data.options)[0])
 
 
 def _name(model: ModelConfig) -> str:

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from thinkkv.patches.errors import RecipeError
+
 THINK, END_THINK, EOS, PAD, BREAK = "<think>", "</think>", "<eos>", "<pad>", "\n\n"
-LABELS = "abcdefgh"
+LABELS = string.ascii_lowercase
 WORDS = ("wait", "ok", "so", "is", "now", "hmm", "let", "me", "see")
 SYMBOLS = (";", "?", ":", "=")
 EASY, HARD = ("+1", "+2", "-1"), ("+1", "+2", "-1", "*2", "*3", "*4")
@@ -66,6 +69,29 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """Fewest and most operations of a problem.
+
+    Args:
+        easy: of the easy half.
+        hard: of the hard half.
+    """
+
+    easy: tuple[int, int] = (2, 3)
+    hard: tuple[int, int] = (4, 6)
+
+    def __post_init__(self) -> None:
+        for fewest, most in (self.easy, self.hard):
+            if not 1 <= fewest <= most <= len(LABELS):
+                raise ValueError(f"[{fewest}, {most}] are no numbers of operations from 1 to {len(LABELS)}, in order")
+
+    @property
+    def labels(self) -> str:
+        """As many as the longest problem has operations, and at least eight."""
+        return LABELS[: max(8, self.easy[1], self.hard[1])]
+
+
+@dataclass(frozen=True)
 class Style:
     """How a trace is written; probabilities.
 
@@ -82,10 +108,24 @@ class Style:
     hard_slip: float = 0.12
 
 
-def draw(rng: random.Random) -> Problem:
+def options(given: Mapping[str, Any]) -> tuple[Lengths, Style]:
+    """What a recipe's ``data.options`` say, by the names of both.
+
+    Raises:
+        RecipeError: a name that neither has, or impossible lengths.
+    """
+    names = {field.name for field in fields(Lengths)}
+    try:
+        lengths = Lengths(**{name: tuple(pair) for name, pair in given.items() if name in names})
+        return lengths, Style(**{name: value for name, value in given.items() if name not in names})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"data.options: {error} - see recipes/tasks/running_value.py") from None
+
+
+def draw(rng: random.Random, lengths: Lengths = Lengths()) -> Problem:
     """One problem, easy or hard with equal probability."""
     hard = rng.random() < 0.5
-    count = rng.randint(4, 6) if hard else rng.randint(2, 3)
+    count = rng.randint(*(lengths.hard if hard else lengths.easy))
     operations = tuple(rng.choice(HARD if hard else EASY) for _ in range(count))
     return Problem(rng.randrange(MODULUS), operations, hard)
 
@@ -109,9 +149,9 @@ def trace(problem: Problem, rng: random.Random, style: Style) -> str:
 
 def step_kind(step: str) -> StepKind:
     """What a step is, by its form alone."""
-    if re.fullmatch(r" [a-h] : \d [-+*]\d = \d", step.strip("\n")):
+    if re.fullmatch(r" [a-z] : \d [-+*]\d = \d", step.strip("\n")):
         return "detail"
-    if re.fullmatch(r" [a-h] = \d", step.strip("\n")):
+    if re.fullmatch(r" [a-z] = \d", step.strip("\n")):
         return "compressed"
     return "redundant"
 
@@ -122,29 +162,34 @@ def answer_of(completion: str) -> str | None:
     return found.group(1) if found else None
 
 
-def rows(count: int, seed: int, style: Style | None = None) -> list[dict[str, str]]:
+def rows(count: int, seed: int, style: Style | None = None, lengths: Lengths = Lengths()) -> list[dict[str, str]]:
     """Problems as data rows; with a style, also a trace each.
 
     Args:
         count: how many.
         seed: of problems and traces.
         style: how the traces are written; None for prompts and answers alone.
+        lengths: of the problems.
     """
     rng = random.Random(seed)
     found = []
     for _ in range(count):
-        problem = draw(rng)
+        problem = draw(rng, lengths)
         row = {"prompt": problem.prompt, "answer": problem.answer, "level": "hard" if problem.hard else "easy"}
         found.append(row if style is None else row | {"completion": trace(problem, rng, style)})
     return found
 
 
-def tokenizer() -> Any:
-    """One token a word, sign or digit, each with its space before it, so that texts join without loss."""
+def tokenizer(lengths: Lengths = Lengths()) -> Any:
+    """One token a word, sign or digit, each with its space before it, so that texts join without loss.
+
+    Args:
+        lengths: of the problems; they decide how many labels it knows.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [f" {word}" for word in (*WORDS, *SYMBOLS, *HARD, *LABELS, *map(str, range(MODULUS)))]
+    words = [f" {word}" for word in (*WORDS, *SYMBOLS, *HARD, *lengths.labels, *map(str, range(MODULUS)))]
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, THINK, END_THINK, BREAK, *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|</?think>|<eos>|<pad>| [^ \n<]+"), "isolated")

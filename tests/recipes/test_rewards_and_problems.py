@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,26 @@ class TestTask:
             for text in (row["prompt"], row["completion"]):
                 assert words.decode(words(text).input_ids) == text
                 assert words.pad_token_id not in words(text).input_ids
+
+    def test_longer_chains(self) -> None:
+        config = DataConfig(
+            "task:running-value", rows=60, eval_rows=20, options={"easy": [4, 6], "hard": [8, 12], "redundancy": 0}
+        )
+        lengths, _ = task.options(config.options)
+        words = task.tokenizer(lengths)
+        found = load_problems(config, None, 0)
+        for row in found.train + found.held_out:
+            counts = range(8, 13) if row["level"] == "hard" else range(4, 7)
+            assert row["prompt"].count(" ; ") - 1 in counts
+        for row in found.train:
+            assert words.decode(words(row["completion"]).input_ids) == row["completion"]
+            assert task.mean_kinds([row["completion"]])["redundant"] == 0
+        assert all(words.pad_token_id not in words(row["prompt"]).input_ids for row in found.held_out)
+
+    @pytest.mark.parametrize("given", [{"easy": [0, 2]}, {"hard": [5, 4]}, {"hard": [4, 27]}, {"easy": 3}, {"hart": 1}])
+    def test_options_that_make_no_task(self, given: dict[str, Any]) -> None:
+        with pytest.raises(RecipeError, match=r"data\.options: "):
+            load_problems(DataConfig("task:running-value", rows=4, options=given), None, 0)
 
     def test_held_out_problems_are_the_same_for_every_seed(self) -> None:
         config = DataConfig("task:running-value", rows=50, eval_rows=4)
