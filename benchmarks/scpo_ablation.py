@@ -3,10 +3,10 @@
     python benchmarks/scpo_ablation.py                     # all of it: hours; every finished row is kept
     python benchmarks/scpo_ablation.py --seeds 0 --methods grpo,scpo-0.5
     python benchmarks/scpo_ablation.py --updates 15 --methods front   # stopped early: rows of their own
-    python benchmarks/scpo_ablation.py --chains long --updates 15 --methods front   # 4 to 12 operations, not 2 to 6
+    python benchmarks/scpo_ablation.py --chains long --updates 15 --methods front,scpo-0.5-unscaled
     python benchmarks/scpo_ablation.py --only-summary
 
-Every method starts from the same weights of its seed (the tiny recipe up to stage 1) and runs the same number of
+Long chains have 4 to 12 operations instead of 2 to 6. Every method starts from the same weights of its seed (the tiny recipe up to stage 1) and runs the same number of
 updates in the same trainer. One row per method and seed goes into ``results/scpo_ablation.jsonl`` as soon as it is
 there; the same command goes on where it stopped. The summary is ``results/scpo_ablation.md`` and
 ``results/scpo_ablation.png``, those of long chains and of another number of updates say so in their names.
@@ -118,12 +118,14 @@ def main() -> None:
     """Run what is missing, then summarise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--methods", default=",".join(METHODS), help="names with commas, or front")
+    parser.add_argument("--methods", default=",".join(METHODS), help="names with commas; front stands for several")
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--chains", choices=("short", "long"), default="short")
     parser.add_argument("--only-summary", action="store_true")
     options = parser.parse_args()
-    methods = FRONT if options.methods == "front" else options.methods.split(",")
+    methods = [name for part in options.methods.split(",") for name in (FRONT if part == "front" else [part])]
+    if unknown := set(methods) - set(METHODS):
+        parser.error(f"no method {', '.join(sorted(unknown))} - choose among {', '.join(METHODS)} and front")
     experiment = Experiment(options.updates, options.chains == "long")
     if not options.only_summary:
         here = describe()  # now: the code that runs is the one that is loaded here, whatever is committed meanwhile
