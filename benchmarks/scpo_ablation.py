@@ -6,10 +6,11 @@
     python benchmarks/scpo_ablation.py --chains long --updates 15 --methods front,scpo-0.5-unscaled
     python benchmarks/scpo_ablation.py --only-summary
 
-Long chains have 4 to 12 operations instead of 2 to 6. Every method starts from the same weights of its seed (the tiny recipe up to stage 1) and runs the same number of
-updates in the same trainer. One row per method and seed goes into ``results/scpo_ablation.jsonl`` as soon as it is
-there; the same command goes on where it stopped. The summary is ``results/scpo_ablation.md`` and
-``results/scpo_ablation.png``, those of long chains and of another number of updates say so in their names.
+Long chains have 4 to 12 operations instead of 2 to 6. Every method starts from the same weights of its seed (the tiny
+recipe up to stage 1) and runs the same number of updates in the same trainer. One row per method and seed goes into
+``results/scpo_ablation.jsonl`` as soon as it is there; the same command goes on where it stopped. The summary is
+``results/scpo_ablation.md`` and ``results/scpo_ablation.png``, those of long chains and of another number of updates
+say so in their names.
 """
 
 from __future__ import annotations
