@@ -92,6 +92,11 @@ class Experiment:
         return chains + ("" if self.updates == UPDATES else f"_{self.updates}_updates")
 
     @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.updates} updates" + (", long chains" if self.long_chains else "")
+
+    @property
     def rows(self) -> Path:
         """Where its rows are kept."""
         return RESULTS / f"scpo_ablation{self.name}.jsonl"

@@ -15,8 +15,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scpo_ablation import RESULTS, UPDATES, read_rows, rows_file
-from scpo_front import EARLY
+from scpo_ablation import RESULTS, UPDATES, Experiment, read_rows
 
 SHOWN = {
     "grpo": "tab:gray",
@@ -38,7 +37,7 @@ def main() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows, early = read_rows(rows_file(UPDATES)), read_rows(rows_file(EARLY))
+    rows, early = read_rows(Experiment().rows), read_rows(Experiment(updates=15).rows)
     figure = Figure(figsize=(13, 7), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, len(PANELS), sharey="col")

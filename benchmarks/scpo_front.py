@@ -24,10 +24,10 @@ from typing import Any
 
 from environment import save
 from intervals import interval
-from scpo_ablation import FRONT, LENGTH_PENALTIES, RESULTS, SCPO_STRENGTHS, UPDATES, colour, read_rows, rows_file
+from scpo_ablation import FRONT, LENGTH_PENALTIES, RESULTS, SCPO_STRENGTHS, Experiment, colour, read_rows
 
 TOLERANCE = 0.02
-EARLY = 15
+EXPERIMENTS = (Experiment(updates=15), Experiment(), Experiment(updates=15, long_chains=True))
 SHIPPED = "scpo-0.5"
 SCPO_METHODS = tuple(f"scpo-{strength:g}" for strength in SCPO_STRENGTHS)
 
@@ -40,12 +40,13 @@ Points = Mapping[str, Mapping[int, Point]]
 
 def main() -> None:
     """Compare, print and draw."""
-    found = {updates: compared(points(rows_file(updates))) for updates in (EARLY, UPDATES)}
-    save(RESULTS / "scpo_front.json", {"tolerance": TOLERANCE, "updates": found})
-    text = "\n".join(line for updates in found for line in shown(updates, found[updates]))
+    models = {experiment.title: points(experiment.rows) for experiment in EXPERIMENTS}
+    found = {title: compared(those) for title, those in models.items()}
+    save(RESULTS / "scpo_front.json", {"tolerance": TOLERANCE, "experiments": found})
+    text = "\n".join(line for title in found for line in shown(title, found[title]))
     (RESULTS / "scpo_front.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    draw({updates: points(rows_file(updates)) for updates in found}, RESULTS / "scpo_front.png")
+    draw(models, RESULTS / "scpo_front.png")
 
 
 def points(path: Path) -> Points:
@@ -121,10 +122,10 @@ def against_one(models: Points, method: str, rival: str) -> dict[str, Any]:
     return found
 
 
-def shown(updates: int, found: Mapping[str, Any]) -> list[str]:
+def shown(title: str, found: Mapping[str, Any]) -> list[str]:
     """As Markdown tables."""
     lines = [
-        f"## {updates} updates",
+        f"## {title}",
         "",
         "| method | seeds | accuracy over the penalties' front | tokens under it | above |",
         "|---|---|---|---|---|",
@@ -150,14 +151,14 @@ def difference(found: Mapping[str, float], digits: int) -> str:
     return f"{found['mean']:+.{digits}f} ± {half} | ± {joint}"
 
 
-def draw(found: Mapping[int, Points], path: Path) -> None:
-    """Means over seeds and their intervals, a panel per number of updates; up and left is better."""
+def draw(found: Mapping[str, Points], path: Path) -> None:
+    """Means over seeds and their intervals, a panel per experiment; up and left is better."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(6 * len(found), 5), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (updates, models) in zip(figure.subplots(1, len(found), sharey=True), found.items(), strict=True):
+    for axes, (title, models) in zip(figure.subplots(1, len(found), sharey=True), found.items(), strict=True):
         for method, seeds in models.items():
             if not seeds:
                 continue
@@ -165,7 +166,7 @@ def draw(found: Mapping[int, Points], path: Path) -> None:
             look: dict[str, Any] = {"fmt": "o", "color": colour(method), "linewidth": 0.6, "markersize": 4}
             axes.errorbar(tokens, accuracy, xerr=across, yerr=up, **look)
             axes.annotate(method, (tokens, accuracy), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axes.set_title(f"{updates} updates", fontsize=9)
+        axes.set_title(title, fontsize=9)
         axes.set_xlabel("tokens per response")
     figure.axes[0].set_ylabel("accuracy")
     figure.savefig(path, dpi=120)
