@@ -3,7 +3,7 @@
     python benchmarks/scpo_ablation.py                     # all of it: hours; every finished row is kept
     python benchmarks/scpo_ablation.py --seeds 0 --methods grpo,scpo-0.5
     python benchmarks/scpo_ablation.py --updates 15 --methods front   # stopped early: rows of their own
-    python benchmarks/scpo_ablation.py --chains long --updates 15 --methods front,scpo-0.5-unscaled
+    python benchmarks/scpo_ablation.py --chains long --methods front
     python benchmarks/scpo_ablation.py --only-summary
 
 Long chains have 4 to 12 operations instead of 2 to 6. Every method starts from the same weights of its seed (the tiny
@@ -46,7 +46,15 @@ METHODS: Mapping[str, Mapping[str, Any] | None] = {
         for alpha in UNSCALED_PENALTIES
     },
     **{f"scpo-{strength:g}": {"kind": "scpo", "strength": strength} for strength in SCPO_STRENGTHS},
-    "scpo-0.5-unscaled": {"kind": "scpo", "args": {"scale_rewards": "none"}},
+    **{
+        f"scpo-{strength:g}-unscaled": {
+            "kind": "scpo",
+            "strength": strength,
+            "whitening": "none",
+            "args": {"scale_rewards": "none"},
+        }
+        for strength in SCPO_STRENGTHS
+    },
     "scpo-without-importance": {"kind": "scpo", "importance": "uniform"},
     "scpo-without-step-reward": {"kind": "scpo", "strength": 0.0},
     "scpo-without-s-gae": {"kind": "scpo", "step_level": False},
@@ -57,7 +65,10 @@ METHODS: Mapping[str, Mapping[str, Any] | None] = {
 """The last stage of each method; ``sft`` has none. Uniform importance is control and switched-off part in one."""
 
 LENGTH_PENALTIES = tuple(name for name in METHODS if name.startswith("grpo-length-"))
-FRONT = ("sft", "grpo", *LENGTH_PENALTIES, *(f"scpo-{strength:g}" for strength in SCPO_STRENGTHS))
+SCPO_FRONT = tuple(f"scpo-{strength:g}{scale}" for scale in ("", "-unscaled") for strength in SCPO_STRENGTHS)
+"""Divided by the group's standard deviations, outcome and steps, and with both in their own units."""
+
+FRONT = ("sft", "grpo", *LENGTH_PENALTIES, *SCPO_FRONT)
 """What the accuracy-length front is drawn from: ``--methods front``."""
 
 

@@ -24,12 +24,11 @@ from typing import Any
 
 from environment import save
 from intervals import interval
-from scpo_ablation import FRONT, LENGTH_PENALTIES, RESULTS, SCPO_STRENGTHS, Experiment, colour, read_rows
+from scpo_ablation import FRONT, LENGTH_PENALTIES, RESULTS, SCPO_FRONT, Experiment, colour, read_rows
 
 TOLERANCE = 0.02
-EXPERIMENTS = (Experiment(updates=15), Experiment(), Experiment(updates=15, long_chains=True))
+EXPERIMENTS = (Experiment(updates=15), Experiment(), Experiment(long_chains=True))
 SHIPPED = "scpo-0.5"
-SCPO_METHODS = tuple(f"scpo-{strength:g}" for strength in SCPO_STRENGTHS)
 
 Point = tuple[float, float]
 """Mean tokens and accuracy of a model."""
@@ -61,7 +60,7 @@ def points(path: Path) -> Points:
 def compared(models: Points) -> dict[str, Any]:
     """Every SCPO strength against the front, and the shipped one against each penalty."""
     return {
-        "front": {method: against_front(models, method) for method in SCPO_METHODS},
+        "front": {method: against_front(models, method) for method in SCPO_FRONT},
         "pairs": {penalty: against_one(models, SHIPPED, penalty) for penalty in LENGTH_PENALTIES},
     }
 
