@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from tests.sdk.continuation import SMALL_TASK_KV
 from tests.tiny_models import Batch, new_model, prompts
 from thinkkv import sdk
 from thinkkv.kernels.arena import Arena
 from thinkkv.sdk.compiled import row_product
-from thinkkv.sdk.policies import AdaKV, Policy, SnapKV, TaskKV
+from thinkkv.sdk.policies import AdaKV, Policy, SnapKV
 from thinkkv.sdk.store import SPARE_TOKENS
 
-SMALL_TASK_KV = TaskKV(sinks=2, recent=8, observation_window=4, top=16)
 STEPS = 12
 
 

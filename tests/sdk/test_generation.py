@@ -10,11 +10,11 @@ import torch
 from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
+from tests.sdk.continuation import SMALL_TASK_KV
 from tests.tiny_models import VOCABULARY, new_model, prompts
 from thinkkv import sdk
-from thinkkv.sdk.policies import Policy, PyramidKV, SnapKV, TaskKV
+from thinkkv.sdk.policies import Policy, PyramidKV, SnapKV
 
-SMALL_TASK_KV = TaskKV(sinks=2, recent=8, observation_window=4, top=16)
 FULL_BUDGETS: list[tuple[str | Policy, float | None]] = [("full", None), (SMALL_TASK_KV, 1.0), ("snapkv", 1.0)]
 NAMES = ["full", "task-kv-ratio1", "snapkv-ratio1"]
 
