@@ -1,7 +1,7 @@
 """Rivals' rows and ours on the same samples, side by side: score, bytes that the ratio promises, bytes really held.
 
-    python benchmarks/rivals/table.py benchmarks/results/rivals_kvpress.jsonl benchmarks/results/eval_2000/samples.jsonl \
-        --out benchmarks/results/rivals.md
+    python benchmarks/rivals/table.py benchmarks/results/rivals_kvpress.jsonl \
+        benchmarks/results/eval_2000/samples.jsonl --out benchmarks/results/rivals.md
 
 Ours are taken only where the rival has the same sample.
 """
