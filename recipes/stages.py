@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,15 +92,11 @@ def _sample(work: Work, index: int, stage: RejectionSamplingStage, before: Weigh
     own = rows[group.rank :: group.world]
     batches = -(-len(own) // per_batch)
 
-    drawing: list[float] = []
-
     def draw(chunk: Sequence[tuple[int, dict[str, Any]]], seed: int) -> list[Sample]:
         repeated = [(at, row) for at, row in chunk for _ in range(stage.samples)]
         prompts = [row["prompt"] for _, row in repeated]
         seed = (recipe.seed * 1_000_003 + seed) * 101 + index
-        start = time.monotonic()
         ids = sample(model, work.tokenizer, prompts, recipe.rollout, seed=seed)
-        drawing.append(time.monotonic() - start)
         texts = [text_of(work.tokenizer, row) for row in ids]
         scores = call(reward, [row for _, row in repeated], texts, ids)
         return [
@@ -109,13 +104,13 @@ def _sample(work: Work, index: int, stage: RejectionSamplingStage, before: Weigh
             for (at, row), tokens, text, score in zip(repeated, ids, texts, scores, strict=True)
         ]
 
-    def done(number: int, found: list[Sample]) -> None:
+    def done(number: int, found: list[Sample], seconds: float | None) -> None:
         values = {
             "accuracy": sum(item.score > RIGHT_ABOVE for item in found) / len(found),
             "mean_tokens": sum(len(item.ids) for item in found) / len(found),
         }
-        if drawing:  # else it was drawn before the run was killed
-            values["tokens_per_second"] = sum(len(item.ids) for item in found) / drawing.pop()
+        if seconds is not None:
+            values["tokens_per_second"] = sum(len(item.ids) for item in found) / seconds
         if group.main:
             work.log.append(index, stage.kind, number, values)
             work.told(number, batches, values)

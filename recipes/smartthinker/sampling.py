@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def sample_in_batches(
     samples: int,
     prompts_per_batch: int,
     draw: Callable[[Sequence[tuple[int, dict[str, Any]]], int], list[Sample]],
-    done: Callable[[int, list[Sample]], None],
+    done: Callable[[int, list[Sample], float | None], None],
 ) -> list[Sample]:
     """Sample all prompts, skipping the batches that the file holds already.
 
@@ -66,7 +67,8 @@ def sample_in_batches(
         samples: responses per prompt.
         prompts_per_batch: how many prompts are sampled at once.
         draw: samples one batch of rows ``samples`` times, given the batch's first index as seed.
-        done: told the number and the samples of every batch in turn, also of those that the file holds.
+        done: told the number, the samples and the seconds of every batch in turn, also of those that the file holds:
+            they have no seconds.
     """
     chunks = [rows[begin : begin + prompts_per_batch] for begin in range(0, len(rows), prompts_per_batch)]
     known = read_samples(path)
@@ -78,17 +80,19 @@ def sample_in_batches(
     found = [item for item in known if item.index in kept_indices]
     write_whole(path, _lines(found))
     for number, chunk in enumerate(chunks, 1):
-        indices = {index for index, _ in chunk}
+        indices, seconds = {index for index, _ in chunk}, None
         if chunk in complete:
             new = [item for item in known if item.index in indices]
         else:
+            start = time.monotonic()
             new = draw(chunk, chunk[0][0])
+            seconds = time.monotonic() - start
             with path.open("ab") as file:
                 file.write(_lines(new))
                 file.flush()
                 os.fsync(file.fileno())
             found += new
-        done(number, new)
+        done(number, new, seconds)
     return found
 
 

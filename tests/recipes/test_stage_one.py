@@ -44,20 +44,21 @@ def test_a_killed_sampling_goes_on_with_the_next_batch(tmp_path: Path) -> None:
         drawn.append(seed)
         return [sample(at, at, n) for at, _ in chunk for n in range(2)]
 
-    def run(told: list[int]) -> list[Sample]:
-        return sample_in_batches(
-            path, rows, samples=2, prompts_per_batch=2, draw=draw, done=lambda number, _: told.append(number)
-        )
+    def run(told: list[tuple[int, bool]]) -> list[Sample]:
+        def done(number: int, _: list[Sample], seconds: float | None) -> None:
+            told.append((number, seconds is not None))
+
+        return sample_in_batches(path, rows, samples=2, prompts_per_batch=2, draw=draw, done=done)
 
     whole = run([])
     assert (drawn, len(whole)) == ([0, 2, 4], 10)
     # A kill in the middle of the second batch's write.
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:5]) + lines[5][:20])
-    told: list[int] = []
+    told: list[tuple[int, bool]] = []
     assert sorted(run(told), key=lambda item: item.ids) == sorted(whole, key=lambda item: item.ids)
     assert drawn == [0, 2, 4, 2, 4]
-    assert told == [1, 2, 3]
+    assert told == [(1, False), (2, True), (3, True)]
     assert len(read_samples(path)) == 10
 
 
