@@ -58,9 +58,9 @@ def points(path: Path) -> Points:
 
 
 def compared(models: Points) -> dict[str, Any]:
-    """Every SCPO strength against the front, and the shipped one against each penalty."""
+    """Every SCPO that was run against the front, and the shipped one against each penalty."""
     return {
-        "front": {method: against_front(models, method) for method in SCPO_FRONT},
+        "front": {method: against_front(models, method) for method in SCPO_FRONT if models[method]},
         "pairs": {penalty: against_one(models, SHIPPED, penalty) for penalty in LENGTH_PENALTIES},
     }
 
