@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,14 @@ from thinkkv.sdk import extras
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = [part for override in SHORT for part in ("--set", override)]
+
+
+def test_the_documented_presets_are_trls() -> None:
+    text = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"\$PRESETS/(\w+\.yaml)", text))
+    assert len(names) == 2
+    presets = resources.files("trl") / "accelerate_configs"
+    assert all((presets / name).is_file() for name in names)
 
 
 @pytest.mark.slow
