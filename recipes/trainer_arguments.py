@@ -81,6 +81,20 @@ def check_arguments(recipe: Recipe, problems: Problems) -> None:
                 except RecipeError as error:
                     raise recipe.document.error(("stages", index), f"stages.{index}: {error}") from None
     lora_config(recipe)
+    _check_trackers(recipe)
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    """Make each tracker's callback once, as the trainer will."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in recipe.output.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ValueError, RuntimeError) as error:
+            problem = f"output.report_to: {str(error).rstrip('.')} - install {name}, or name another tracker"
+            raise recipe.document.error(("output", "report_to"), problem) from None
 
 
 def _check_traces(recipe: Recipe, index: int, problems: Problems) -> None:

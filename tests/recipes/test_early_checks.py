@@ -52,6 +52,19 @@ def test_a_value_that_trl_refuses_is_named_with_its_line(tmp_path: Path) -> None
         check_arguments(config.load(tmp_path / "my.yaml"), Problems([], []))
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("tensorbord", "tensorbord is not supported, only"), ("wandb", "requires wandb to be installed")],
+)
+def test_a_tracker_that_is_not_there_is_named_with_its_line(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    recipe = config.load(config.find("sft.yaml"), (f"output.report_to=[{name}]",))
+    with pytest.raises(RecipeError, match=rf"output.report_to=.*: output.report_to: .*{said}.* - install {name}"):
+        check_arguments(recipe, Problems([], []))
+
+
 def test_traces_are_asked_for_before_the_model_is_loaded() -> None:
     with pytest.raises(RecipeError, match=r"stages.0 trains on traces and 1 of 2 rows of .* have no completion"):
         check_arguments(short(), Problems([{"completion": "a trace"}, {}], []))
