@@ -73,3 +73,15 @@ def is_last(checkpoint: Path) -> bool:
 def copy_weights(checkpoint: Path, target: Path) -> None:
     """Copy what a trainer's final save would have written."""
     shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*STATE, MARK))
+
+
+def drop_checkpoints(stage: Path) -> None:
+    """Delete the checkpoints of a finished stage; what a tracker wrote beside them, in ``runs``, stays with the stage.
+
+    Args:
+        stage: its folder.
+    """
+    tracked = stage / "checkpoints" / "runs"
+    if tracked.is_dir():
+        tracked.rename(stage / "runs")
+    shutil.rmtree(stage / "checkpoints", ignore_errors=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from thinkkv.patches.errors import ThinkKVError
+from thinkkv.recipes.checkpoints import drop_checkpoints
 from thinkkv.recipes.config import Recipe
 from thinkkv.recipes.curves import draw_curves
 from thinkkv.recipes.evaluation import Evaluation, Response, evaluate
@@ -216,7 +217,7 @@ def _stage(work: Work, index: int, weights: Weights, before: Evaluation, reporte
         if responses is not None:
             write_whole(work.folder / "completions.jsonl", _lines(responses))
         _write(folder / "done.json", done)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        drop_checkpoints(folder)
     work.processes.wait()
     return done
 

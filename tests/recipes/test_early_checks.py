@@ -1,4 +1,4 @@
-"""What can be known to fail is one clear line before any work, and a disk that fills later loses nothing."""
+"""What can be known to fail is one clear line before any work; neither full disk nor tracker loses anything."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from tests.recipes.short_run import SHORT, Quiet
 from thinkkv.patches.errors import RecipeError, ThinkKVError
@@ -113,3 +115,17 @@ def test_a_disk_that_fills_is_one_line_and_the_run_goes_on(
     monkeypatch.undo()
     run(short(), tmp_path, Quiet())
     assert [row["step"] for row in MetricsLog(tmp_path / "metrics.jsonl").rows()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_tracker_writes_survives_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tracker(TrainerCallback):
+        """Writes where TensorBoard's does."""
+
+        def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
+            (Path(args.output_dir) / "runs").mkdir(parents=True)
+            (Path(args.output_dir) / "runs" / "events").write_text("loss")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    run(short("output.report_to=[tensorboard]"), tmp_path, Quiet())
+    assert (tmp_path / "stages" / "0-sft" / "runs" / "events").read_text() == "loss"
+    assert not list(tmp_path.rglob("checkpoint*"))
