@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -9,7 +10,10 @@ from transformers.cache_utils import Cache
 
 from thinkkv.patches.errors import UnsupportedGenerationError
 from thinkkv.sdk.compression import Compression
-from thinkkv.sdk.layer import HeterogeneousLayer
+from thinkkv.sdk.layer import HeterogeneousLayer, bookkeeping
+from thinkkv.sdk.plan import KeepPlan
+from thinkkv.sdk.rehearsal import RehearsedLayer
+from thinkkv.sdk.whole_prompt import WholePrompt
 
 
 class HeterogeneousCache(Cache):
@@ -19,7 +23,36 @@ class HeterogeneousCache(Cache):
 
     def __init__(self, compression: Compression) -> None:
         self.compression = compression
-        super().__init__(layers=[HeterogeneousLayer(i, compression) for i in range(len(compression.shapes))])
+        kind = RehearsedLayer if compression.policy.rehearses else HeterogeneousLayer
+        super().__init__(layers=[kind(i, compression) for i in range(len(compression.shapes))])
+
+    @property
+    def rehearsing(self) -> list[WholePrompt]:
+        """Prompts that are to be read again and then compressed, per layer; empty where there are none."""
+        held = [layer.held for layer in self.layers if isinstance(layer, RehearsedLayer)]
+        return [prompt for prompt in held if prompt is not None]
+
+    def compress(self, prompts: list[WholePrompt]) -> None:
+        """Fill all layers with what the policy keeps of their prompts, decided for all layers at once.
+
+        Args:
+            prompts: per layer; the list is emptied on the way, so that each can be freed as its layer is filled.
+        """
+        with bookkeeping():
+            for layer, plans in zip(self.layers, self._plans(prompts), strict=True):
+                layer.fill(prompts.pop(0), plans)
+
+    def _plans(self, prompts: Sequence[WholePrompt]) -> list[tuple[KeepPlan, ...]]:
+        """Per layer the plan of each sequence."""
+        by_sequence = []
+        for sequence, tokens in enumerate(prompts[0].lengths):
+            views = [layer.view(prompt, sequence) for layer, prompt in zip(self.layers, prompts, strict=True)]
+            if tokens == 0:
+                by_sequence.append([KeepPlan.nothing(view) for view in views])
+            else:
+                budgets = self.compression.allocate(tokens)
+                by_sequence.append(self.compression.policy.plan_model(views, budgets))
+        return list(zip(*by_sequence, strict=True))
 
     def kept_positions(self) -> list[list[list[list[int]]]]:
         """Token positions in store: ``[layer][sequence][KV head]``, each ascending; positions skip padding."""

@@ -42,6 +42,10 @@ class Compression:
         whole, share = everything(layers), even_layers(layers, self.budget)
         return tuple((share[i] if self._is_compressed(layer) else whole[i]).tokens for i, layer in enumerate(layers))
 
+    def compresses(self, prompt_tokens: int) -> bool:
+        """Whether anything of such a prompt is evicted."""
+        return self.allocate(prompt_tokens) != tuple(everything(self._layers(prompt_tokens)))
+
     def bounds(self, layer: int) -> bool:
         """Whether decoding bounds rows of this layer; a sliding window bounds its layer by itself."""
         bounded = self.decode == "bounded" and not isinstance(self.policy, Full)

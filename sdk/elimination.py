@@ -22,9 +22,9 @@ from thinkkv.sdk.cache import HeterogeneousCache
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.evaluating import evaluating, read
 from thinkkv.sdk.hidden_facts import HiddenFact
-from thinkkv.sdk.layer import HeterogeneousLayer
 from thinkkv.sdk.patching import apply
 from thinkkv.sdk.policies import RetrievalKV
+from thinkkv.sdk.rehearsal import HoldingLayer
 
 CLOSED_AT_ONCE = 0.25
 """Share of the open heads that are closed before all are judged anew."""
@@ -35,20 +35,16 @@ GATES = (0.5, 1.0)
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
-class _GatedLayer(HeterogeneousLayer):
+class _GatedLayer(HoldingLayer):
     """Holds a whole prompt; tokens after it see it through the gates and are not stored."""
 
-    prompt: tuple[torch.Tensor, torch.Tensor] | None = None
     gates: torch.Tensor
     """[n], 0 to 1."""
 
-    def compact(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *_: Any) -> None:
-        self.prompt = keys, values
-
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **options: Any) -> torch.Tensor:
-        if self.prompt is None:
+        if self.held is None:
             return super().attend(query, keys, values, **options)
-        keys, values = (torch.cat([old, new], dim=2) for old, new in zip(self.prompt, (keys, values), strict=True))
+        keys, values = torch.cat([self.held.keys, keys], dim=2), torch.cat([self.held.values, values], dim=2)
         visible, ends = self._visible(keys.shape[2], query), self._ends(keys.shape[2], query)
 
         def attention(entries: Any) -> torch.Tensor:

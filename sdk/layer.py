@@ -6,7 +6,7 @@ tokens in place. So the peak over the model is one full layer plus the compacted
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -18,8 +18,9 @@ from thinkkv.patches.errors import UnsupportedGenerationError
 from thinkkv.sdk.bounded import RecentQueries, entries_to_keep, rows_over_limit
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.plan import KeepPlan, PromptView
-from thinkkv.sdk.prompt_attention import prompt_attention, real_tokens
+from thinkkv.sdk.prompt_attention import prompt_attention
 from thinkkv.sdk.store import SPARE_TOKENS, Kept, LayerStore
+from thinkkv.sdk.whole_prompt import WholePrompt
 
 
 class NewTokens:
@@ -142,8 +143,8 @@ class HeterogeneousLayer(CacheLayerMixin):
             out = prompt_attention(
                 query, keys, values, scale=scale, real=real, window=self.shape.window, dropout=dropout
             )
-            with _bookkeeping():
-                self.compact(query, keys, values, scale, real)
+            with bookkeeping():
+                self.compact(WholePrompt(query, keys, values, scale, real))
         else:
             if keys.requires_grad:
                 keys, values = keys.detach(), values.detach()
@@ -152,42 +153,36 @@ class HeterogeneousLayer(CacheLayerMixin):
             if real is not None or query.shape[2] > SPARE_TOKENS:
                 self._leave_window(self.store)  # such a chunk has made the arena outgrow the window
             if self.compression.bounds(self.index):
-                with _bookkeeping():
+                with bookkeeping():
                     self._cut_back(self.store, query, scale, real)
         self.seen += query.shape[2]
         return out
 
-    def compact(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scale: float,
-        real: torch.Tensor | None,
-    ) -> None:
-        """Fill the store with what the policy keeps of a prompt, sequence by sequence.
+    def compact(self, prompt: WholePrompt) -> None:
+        """Fill the store with what the policy keeps of a batch of prompts."""
+        self.fill(prompt, [self._plan(prompt, sequence) for sequence in range(len(prompt.lengths))])
 
-        Args:
-            query: [B, Hq, N, D], the prompt's.
-            keys, values: [B, n, N, D], contiguous.
-            scale: softmax scale.
-            real: [B, N] bool, False at padding; None where there is none.
-        """
-        batch, kv_heads, tokens, _ = keys.shape
-        columns: list[Any] = [slice(0, tokens)] * batch if real is None else real_tokens(real)
+    def view(self, prompt: WholePrompt, sequence: int) -> PromptView:
+        """What the policy sees of one sequence in this layer."""
+        visible = self.shape.visible(prompt.lengths[sequence])
+        return prompt.view(sequence, self.index, len(self.compression.shapes), visible)
+
+    def fill(self, prompt: WholePrompt, plans: Sequence[KeepPlan]) -> None:
+        """Fill the store with what one plan per sequence keeps."""
         kept: list[Kept] = []
-        plans, ends = [], []
-        for sequence, mine in enumerate(columns):
-            column = torch.arange(tokens, device=keys.device)[mine]
-            plan, first = self._plan([tensor[sequence, :, mine] for tensor in (query, keys, values)], scale)
+        summaries, ends = [], []
+        device = prompt.keys.device
+        for plan, mine, length in zip(plans, prompt.columns, prompt.lengths, strict=True):
+            column = torch.arange(prompt.keys.shape[2], device=device)[mine]
+            first = length - self.shape.visible(length)
             for head, chosen in enumerate(plan.kept):
                 positions = chosen + first
                 kept.append(Kept(column[positions], positions.to(torch.int32), self._limit(plan, head)))
-            plans.append(self._summary(plan, len(column), first))
-            ends += [len(column)] * kv_heads
-        following = torch.tensor(ends, dtype=torch.int32, device=keys.device)
-        self.store = LayerStore(keys.flatten(0, 1), values.flatten(0, 1), kept, following)
-        self.plans = tuple(plans)
+            summaries.append(self._summary(plan, length, first))
+            ends += [length] * self.shape.kv_heads
+        following = torch.tensor(ends, dtype=torch.int32, device=device)
+        self.store = LayerStore(prompt.keys.flatten(0, 1), prompt.values.flatten(0, 1), kept, following)
+        self.plans = tuple(summaries)
         self.is_initialized = True
 
     def prepare_step(self) -> None:
@@ -243,17 +238,12 @@ class HeterogeneousLayer(CacheLayerMixin):
             in_window=tuple((kept + first).to(torch.int32) for kept in plan.kept) if windowed else (),
         )
 
-    def _plan(self, sequence: list[torch.Tensor], scale: float) -> tuple[KeepPlan, int]:
-        """The plan of one sequence, and the first position that its layer's window still admits."""
-        tokens = sequence[1].shape[1]
-        first = tokens - self.shape.visible(tokens)
-        if tokens == 0:
-            nothing = torch.empty(0, dtype=torch.int64, device=sequence[1].device)
-            return KeepPlan(kept=(nothing,) * self.shape.kv_heads), 0
-        query, keys, values = (tensor[:, first:] for tensor in sequence)
-        prompt = PromptView(self.index, len(self.compression.shapes), query, keys, values, scale)
-        budget = self.compression.allocate(tokens)[self.index]
-        return self.compression.policy.plan(prompt, budget), first
+    def _plan(self, prompt: WholePrompt, sequence: int) -> KeepPlan:
+        view = self.view(prompt, sequence)
+        if view.tokens == 0:
+            return KeepPlan.nothing(view)
+        budget = self.compression.allocate(prompt.lengths[sequence])[self.index]
+        return self.compression.policy.plan(view, budget)
 
     def _limit(self, plan: KeepPlan, head: int) -> int | None:
         """To how many tokens bounded decoding cuts a head back; None where it may grow."""
@@ -274,7 +264,7 @@ class HeterogeneousLayer(CacheLayerMixin):
     def _leave_window(self, store: LayerStore) -> None:
         """Free what a sliding window has left behind."""
         if self.shape.window is not None:
-            with _bookkeeping():
+            with bookkeeping():
                 store.drop_before(store.next_positions() - self.shape.window + 1)
 
     def _append(self, store: LayerStore, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None) -> None:
@@ -285,7 +275,7 @@ class HeterogeneousLayer(CacheLayerMixin):
         if real is None:
             store.append(key_rows, value_rows)
         else:
-            with _bookkeeping():
+            with bookkeeping():
                 store.append_ragged(key_rows, value_rows, real.repeat_interleave(self.shape.kv_heads, dim=0))
 
     def _attend_rows(
@@ -313,7 +303,7 @@ class HeterogeneousLayer(CacheLayerMixin):
 
 
 @contextmanager
-def _bookkeeping() -> Iterator[None]:
+def bookkeeping() -> Iterator[None]:
     """Without gradients, but with normal tensors: a cache filled in inference mode may be continued outside of it."""
     with torch.inference_mode(False), torch.no_grad():
         yield

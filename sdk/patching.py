@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
 from thinkkv.kernels.dispatch import KernelError, choose
@@ -36,6 +37,7 @@ from thinkkv.sdk.generation import check_generation, refuse, setting
 from thinkkv.sdk.linear_layers import LinearLayers
 from thinkkv.sdk.policies import Full, Policy, policy_named
 from thinkkv.sdk.profile import HeadProfile
+from thinkkv.sdk.rehearsal import rehearse
 from thinkkv.sdk.report import Report, report
 
 if TYPE_CHECKING:
@@ -172,7 +174,8 @@ class PatchHandle:
         if not self.active:
             return
         self.active = False
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._linear_layers.restore()
         for name in (*self._installed, HANDLE):
             del self._model.__dict__[name]
@@ -204,7 +207,9 @@ class PatchHandle:
             )
         self._linear_layers = LinearLayers(model)
         # Bound methods, so that a deep copy of the model is patched on its own.
-        self._hook = model.base_model.register_forward_pre_hook(self._supply_cache, with_kwargs=True)
+        self._hooks = [model.base_model.register_forward_pre_hook(self._supply_cache, with_kwargs=True)]
+        if self.policy.rehearses:
+            self._hooks.append(model.base_model.register_forward_hook(self._rehearse, with_kwargs=True))
         installed: dict[str, Any] = {
             "generate": MethodType(_generate, model),
             "generate_batch": MethodType(_refuse_batching, model),
@@ -218,8 +223,7 @@ class PatchHandle:
 
     def _supply_cache(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give a direct forward call the cache that it would otherwise create itself."""
-        given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = _bound(decoder.forward, args, kwargs)
         use_cache = given.get("use_cache")
         if use_cache is None:
             use_cache = decoder.config.use_cache  # type: ignore[union-attr]
@@ -227,13 +231,29 @@ class PatchHandle:
             return None
         return (), given | {"past_key_values": self.new_cache()}
 
+    def _rehearse(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Read prompts that the forward has just left in the cache again, and compress them."""
+        if torch.compiler.is_compiling():
+            return  # a step: its prompt is compressed already
+        given = _bound(decoder.forward, args, kwargs)
+        cache = given.get("past_key_values")
+        if isinstance(cache, HeterogeneousCache) and cache.rehearsing:
+            if any(map(cache.compression.compresses, cache.rehearsing[0].lengths)):
+                rehearse(decoder, given, cache)
+            cache.compress(cache.rehearsing)
+
+
+def _bound(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names."""
+    given = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
+    return given | given.pop("kwargs", {})
+
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """``generate`` of a patched model: the same call, a cache of ours, and a report afterwards."""
     handle: PatchHandle = model.__dict__[HANDLE]
     unpatched = handle._shadowed.get("generate") or MethodType(type(model).generate, model)  # type: ignore[attr-defined]
-    given = inspect.signature(unpatched).bind_partial(*args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
+    given = _bound(unpatched, args, kwargs)
     check_generation(given, model.generation_config)
     cache = given.get("past_key_values")
     if cache is None and setting("use_cache", given, model.generation_config) is not False:

@@ -19,6 +19,7 @@ class PromptView:
         queries: [Hq, N, D], rotated.
         keys, values: [n, N, D].
         scale: softmax scale.
+        rehearsed: [n, N] float32, for a policy that rehearses: the most attention that a token got in the rehearsal.
     """
 
     layer: int
@@ -27,6 +28,7 @@ class PromptView:
     keys: torch.Tensor
     values: torch.Tensor
     scale: float
+    rehearsed: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -63,6 +65,11 @@ class KeepPlan:
     kept: tuple[torch.Tensor, ...]
     heterogeneous: tuple[int, ...] = ()
     head_scores: torch.Tensor | None = None
+
+    @classmethod
+    def nothing(cls, prompt: PromptView) -> KeepPlan:
+        """No head keeps a token, as of an empty prompt."""
+        return cls(kept=(torch.empty(0, dtype=torch.int64, device=prompt.keys.device),) * prompt.kv_heads)
 
     @classmethod
     def everything(cls, prompt: PromptView, **labels: object) -> KeepPlan:

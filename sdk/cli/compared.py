@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from thinkkv.sdk.profile import HeadProfile
 
 Number = TypeVar("Number", int, float)
-DEFAULT_POLICIES = "full,task-kv,retrieval-kv,streaming-llm,snapkv,pyramidkv,adakv"
+DEFAULT_POLICIES = "full,task-kv,retrieval-kv,streaming-llm,snapkv,pyramidkv,adakv,kvzip"
 
 
 def compared_options(command: Command) -> Command:

@@ -12,7 +12,7 @@ from thinkkv.patches.errors import ThinkKVError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-POLICY_NAMES = ("full", "task-kv", "retrieval-kv", "streaming-llm", "snapkv", "pyramidkv", "adakv")
+POLICY_NAMES = ("full", "task-kv", "retrieval-kv", "streaming-llm", "snapkv", "pyramidkv", "adakv", "kvzip")
 """As in ``thinkkv.sdk.policies``, repeated here so that a help text loads no torch; a test compares them."""
 
 

@@ -6,7 +6,7 @@ share them: the same prompt costs one prefill, and no setting is ahead by luck o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,8 @@ import torch
 
 from thinkkv.sdk.cache import HeterogeneousCache
 from thinkkv.sdk.compression import Compression
-from thinkkv.sdk.layer import HeterogeneousLayer
-
-
-class _RecordingLayer(HeterogeneousLayer):
-    """Notes what it would compact, and stores nothing."""
-
-    prompt: tuple[Any, ...]
-
-    def compact(self, *prompt: Any) -> None:
-        self.prompt = prompt
+from thinkkv.sdk.rehearsal import HoldingLayer, rehearse
+from thinkkv.sdk.whole_prompt import WholePrompt
 
 
 @dataclass(frozen=True)
@@ -31,46 +23,43 @@ class Prefill:
     """Prompts that were attended to, before any eviction.
 
     Args:
-        layers: of the recording.
+        layers: what each of them computed.
         mask: [B, N] int64, 0 at left padding.
         logits: [B, V] after the last token.
     """
 
-    layers: Sequence[_RecordingLayer]
+    layers: Sequence[WholePrompt]
     mask: torch.Tensor
     logits: torch.Tensor
 
     def cache(self, compression: Compression) -> HeterogeneousCache:
         """A cache as this compression would have left it after the prompts."""
         cache = HeterogeneousCache(compression)
-        for layer, recorded in zip(cache.layers, self.layers, strict=True):
-            layer.compact(*recorded.prompt)
-            layer.seen = recorded.seen
+        cache.compress(list(self.layers))
+        for layer in cache.layers:
+            layer.seen = self.mask.shape[1]
         return cache
 
 
 @torch.inference_mode()
-def prefill(model: Any, prompts: Sequence[Sequence[int]], compression: Compression) -> Prefill:
+def prefill(model: Any, prompts: Sequence[Sequence[int]], compressions: Collection[Compression]) -> Prefill:
     """Attend to a batch of prompts.
 
     Args:
         model: patched, by whatever policy.
         prompts: token ids, of different lengths.
-        compression: any of this model, for the geometry of its layers.
+        compressions: what caches will be asked for; the prompts are read again if a policy among them needs it.
     """
     ids, mask = left_padded(prompts, model.device)
-    cache = HeterogeneousCache(compression)
-    layers = [_RecordingLayer(layer.index, compression) for layer in cache.layers]
-    cache.layers = layers  # type: ignore[assignment]
-    out = model(
-        ids,
-        attention_mask=mask,
-        position_ids=positions(mask),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return Prefill(layers, mask, out.logits[:, -1])
+    one = next(iter(compressions))
+    cache = HeterogeneousCache(one)
+    layers = [HoldingLayer(index, one) for index in range(len(one.shapes))]
+    cache.layers = [*layers]
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    out = model(**inputs, position_ids=positions(mask), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if any(compression.policy.rehearses for compression in compressions):
+        rehearse(model.base_model, inputs, cache)
+    return Prefill([layer.held for layer in layers if layer.held is not None], mask, out.logits[:, -1])
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:

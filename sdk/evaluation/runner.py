@@ -140,7 +140,7 @@ class Evaluation:
         """The outcomes of one batch of samples, setting by setting."""
         samples = list(self._samples(cell, numbers))
         prompts = [_compressed(cell, sample) for sample in samples]
-        filled = prefill(self.model, prompts, next(iter(compressions.values())))
+        filled = prefill(self.model, prompts, compressions.values())
         for setting, compression in compressions.items():
             cache = filled.cache(compression)
             held = report(cache).bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.policies.adakv import AdaKV
 from thinkkv.sdk.policies.full import Full
+from thinkkv.sdk.policies.kvzip import KVzip
 from thinkkv.sdk.policies.policy import Policy
 from thinkkv.sdk.policies.pyramidkv import PyramidKV
 from thinkkv.sdk.policies.retrieval_kv import RetrievalKV
@@ -13,13 +14,14 @@ from thinkkv.sdk.policies.streaming_llm import StreamingLLM
 from thinkkv.sdk.policies.task_kv import TaskKV
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Full, TaskKV, RetrievalKV, StreamingLLM, SnapKV, PyramidKV, AdaKV)
+    policy.name: policy for policy in (Full, TaskKV, RetrievalKV, StreamingLLM, SnapKV, PyramidKV, AdaKV, KVzip)
 }
 
 __all__ = [
     "POLICIES",
     "AdaKV",
     "Full",
+    "KVzip",
     "Policy",
     "PyramidKV",
     "RetrievalKV",

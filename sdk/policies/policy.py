@@ -15,6 +15,9 @@ class Policy(ABC):
 
     name: ClassVar[str]
 
+    rehearses: ClassVar[bool] = False
+    """Whether the model reads a prompt again before it is compressed, all layers at once (``sdk/rehearsal.py``)."""
+
     @property
     @abstractmethod
     def smallest(self) -> int:
@@ -50,3 +53,7 @@ class Policy(ABC):
     @abstractmethod
     def plan(self, prompt: PromptView, budget: LayerBudget) -> KeepPlan:
         """Choose what each KV head keeps; at most ``budget.tokens`` in all."""
+
+    def plan_model(self, prompts: Sequence[PromptView], budgets: Sequence[LayerBudget]) -> list[KeepPlan]:
+        """Choose for all layers of one sequence: layer by layer, unless the policy compares tokens between layers."""
+        return [self.plan(prompt, budget) for prompt, budget in zip(prompts, budgets, strict=True)]

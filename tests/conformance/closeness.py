@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-RMS = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+RMS = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
 """Largest relative error by the dtype of the tested model, against a float32 reference.
 
-In bfloat16 the stock models themselves are 1.3e-2 (Llama) to 3e-2 (Qwen3) away from their float32 twins, and a lost
-token moves the logits by 0.1 to 1.
+In bfloat16 the stock models themselves are 1.3e-2 (Llama) to 3e-2 (Qwen3) away from their float32 twins, under a mask
+that leaves some heads a handful of tokens 4.9e-2 (Qwen3); a lost token moves the logits by 0.1 to 1.
 """
 
 

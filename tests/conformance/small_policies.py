@@ -6,6 +6,7 @@ from tests.tiny_models import LAYERS
 from thinkkv.sdk.policies import (
     AdaKV,
     Full,
+    KVzip,
     Policy,
     PyramidKV,
     RetrievalKV,
@@ -22,10 +23,11 @@ SMALLEST = {
     "snapkv": 5,
     "pyramidkv": 5,
     "adakv": 5,
+    "kvzip": 5,
 }
 """Tokens per head that each policy below cannot do without, by its constants."""
 
-ALWAYS_KEPT = SMALLEST | {"task-kv": 10, "retrieval-kv": 34}
+ALWAYS_KEPT = SMALLEST | {"task-kv": 10, "retrieval-kv": 34, "kvzip": 26}
 """Prompts up to this length stay whole."""
 
 NAMES = tuple(SMALLEST)
@@ -43,5 +45,6 @@ def small_policy(name: str, kv_heads: int) -> Policy:
         "snapkv": SnapKV(observation_window=4, pooling=3),
         "pyramidkv": PyramidKV(observation_window=4, pooling=3, beta=4),
         "adakv": AdaKV(observation_window=4, pooling=3),
+        "kvzip": KVzip(sinks=2, recent=3),
     }
     return policies[name]

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from tests.tiny_models import Case
 from thinkkv import sdk
 from thinkkv.sdk.bounded import SEGMENT
-from thinkkv.sdk.policies import AdaKV, Full, Policy, SnapKV, StreamingLLM, TaskKV
+from thinkkv.sdk.policies import AdaKV, Full, KVzip, Policy, SnapKV, StreamingLLM, TaskKV
 
 PROMPT, STEPS = 90, 150
 POLICIES = [
@@ -20,6 +20,7 @@ POLICIES = [
     StreamingLLM(),
     SnapKV(observation_window=8),
     AdaKV(observation_window=8),
+    KVzip(sinks=2, recent=8),
 ]
 
 

@@ -15,7 +15,7 @@ from tests.tiny_models import Batch, new_model, prompts
 from thinkkv import sdk
 from thinkkv.kernels.arena import Arena
 from thinkkv.sdk.compiled import row_product
-from thinkkv.sdk.policies import AdaKV, Policy, SnapKV
+from thinkkv.sdk.policies import AdaKV, KVzip, Policy, SnapKV
 from thinkkv.sdk.store import SPARE_TOKENS
 
 STEPS = 12
@@ -47,7 +47,9 @@ def step_logits(model: Any, batch: Batch, steps: int, handle: sdk.PatchHandle, t
 
 
 @pytest.mark.parametrize(
-    "policy", [SMALL_TASK_KV, SnapKV(observation_window=4), AdaKV(observation_window=4)], ids=lambda policy: policy.name
+    "policy",
+    [SMALL_TASK_KV, SnapKV(observation_window=4), AdaKV(observation_window=4), KVzip(sinks=2, recent=3)],
+    ids=lambda policy: policy.name,
 )
 @pytest.mark.parametrize("variant", ["llama", "qwen2-mixed", "qwen3", "mistral-window"])
 def test_compiled_steps_equal_uncompiled_ones(variant: str, policy: Policy) -> None:

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from tests.sdk.continuation import SMALL_TASK_KV
 from tests.tiny_models import VOCABULARY, new_model, prompts
 from thinkkv import sdk
-from thinkkv.sdk.policies import Policy, PyramidKV, SnapKV
+from thinkkv.sdk.policies import KVzip, Policy, PyramidKV, SnapKV
 
 FULL_BUDGETS: list[tuple[str | Policy, float | None]] = [("full", None), (SMALL_TASK_KV, 1.0), ("snapkv", 1.0)]
 NAMES = ["full", "task-kv-ratio1", "snapkv-ratio1"]
@@ -291,8 +291,8 @@ class TestRefused:
 
 @pytest.mark.parametrize(
     "policy",
-    ["streaming-llm", SnapKV(observation_window=4), PyramidKV(observation_window=4), SMALL_TASK_KV],
-    ids=["streaming-llm", "snapkv", "pyramidkv", "task-kv"],
+    ["streaming-llm", SnapKV(observation_window=4), PyramidKV(observation_window=4), SMALL_TASK_KV, KVzip(2, 3)],
+    ids=["streaming-llm", "snapkv", "pyramidkv", "task-kv", "kvzip"],
 )
 def test_a_compressed_batch_equals_its_sequences_alone(policy: Any) -> None:
     """Padding and neighbours change neither classes nor keep-sets nor tokens."""

@@ -1,0 +1,161 @@
+"""Read a prompt a second time, and note the most attention that each cached token gets: what reading it needs. KVzip.
+
+A model that reads a text again, with the first reading in its cache, looks up nearly every token there before it comes.
+Whatever may be asked later needs the same look-ups, so this tells what to keep without any question (KVzip,
+arXiv:2505.23416, which also writes a prompt that asks for the repetition; here the text alone is repeated). It is read
+in chunks, each after the whole first reading and with the positions that would follow it, so that activations stay as
+small as a chunk and no position is much beyond the prompt's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from thinkkv.patches.errors import UnsupportedGenerationError
+from thinkkv.sdk.layer import HeterogeneousLayer
+from thinkkv.sdk.plan import KeepPlan
+from thinkkv.sdk.whole_prompt import WholePrompt
+
+CHUNK = 512
+"""Tokens read again at once."""
+
+LEAD_IN = 16
+"""Tokens before a chunk that are read with it, so that its first tokens follow what they followed before."""
+
+
+class HoldingLayer(HeterogeneousLayer):
+    """Holds its prompts whole until it is filled by a plan; meanwhile they may be rehearsed."""
+
+    held: WholePrompt | None = None
+    rehearses = False
+    """Whether what comes is a rehearsal."""
+
+    def reset(self) -> None:
+        """Forget everything and free the storage."""
+        super().reset()
+        self.held = None
+
+    def compact(self, prompt: WholePrompt) -> None:
+        """Only hold it."""
+        self.held = prompt
+
+    def fill(self, prompt: WholePrompt, plans: Sequence[KeepPlan]) -> None:
+        """Fill the store, and hold the prompts no longer."""
+        super().fill(prompt, plans)
+        self.held = None
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Attend a rehearsal to the held prompts and to itself, and note their attention; store nothing of it."""
+        if self.held is None:
+            return super().attend(query, keys, values, **options)
+        if not self.rehearses:
+            raise UnsupportedGenerationError(
+                "the prompt in this cache was not compressed - start a new cache, with the patch in force that made it"
+            )
+        out, most = attend_again(self.held, query, keys, values, options["real"], self.shape.window)
+        before = self.held.rehearsed
+        self.held = replace(self.held, rehearsed=most if before is None else torch.maximum(before, most))
+        return out
+
+
+class RehearsedLayer(HoldingLayer):
+    """A layer of a policy that rehearses: what it holds of its prompts is what it may store of them."""
+
+    def compact(self, prompt: WholePrompt) -> None:
+        """Hold it without its queries, which are larger than keys and values together.
+
+        Raises:
+            BudgetError: the budget is too small for one of them.
+        """
+        for tokens in prompt.lengths:
+            self.compression.allocate(tokens)
+        super().compact(replace(prompt, query=prompt.query.new_empty(*prompt.query.shape[:2], 0, self.shape.head_dim)))
+
+
+@torch.no_grad()
+def rehearse(decoder: Any, inputs: Mapping[str, Any], cache: Any) -> None:
+    """Read prompts again whose cache is held by HoldingLayers, which note it.
+
+    Args:
+        decoder: the transformers decoder; only its forward is called, no hook of it.
+        inputs: what it was given: ``input_ids`` or ``inputs_embeds`` [B, N, ...], ``attention_mask`` [B, N] or None.
+        cache: a HeterogeneousCache that holds the prompts.
+    """
+    name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
+    tokens, mask = inputs[name], inputs.get("attention_mask")
+    real = tokens.new_ones(tokens.shape[:2], dtype=torch.int64) if mask is None else mask.to(torch.int64)
+    lengths = real.sum(dim=1, keepdim=True)
+    # Real tokens first, so that a row is cut into the same chunks however it is padded.
+    order = real.argsort(dim=1, descending=True, stable=True)
+    tokens, real = tokens[torch.arange(len(order), device=order.device)[:, None], order], real.gather(1, order)
+    with _rehearsing(cache.layers):
+        for start in range(0, int(lengths.max()), CHUNK):
+            part = slice(max(0, start - LEAD_IN), start + CHUNK)
+            decoder.forward(
+                **{name: tokens[:, part]},
+                attention_mask=None if mask is None else torch.cat([mask, real[:, part].to(mask)], dim=1),
+                position_ids=(lengths + real[:, part].cumsum(dim=1) - 1).clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+            )
+
+
+@contextmanager
+def _rehearsing(layers: Sequence[HoldingLayer]) -> Iterator[None]:
+    for layer in layers:
+        layer.rehearses = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.rehearses = False
+
+
+def attend_again(
+    prompt: WholePrompt,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    real: torch.Tensor | None = None,
+    window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of tokens that follow held prompts, to these and to one another.
+
+    Args:
+        prompt: N tokens of B sequences.
+        query: [B, Hq, Q, D].
+        keys, values: [B, n, Q, D].
+        real: [B, Q] bool, False at padding; None where there is none.
+        window: each token sees itself and the ``window - 1`` before it.
+
+    Returns:
+        [B, Hq, Q, D], zeros at padding; [B, n, N] float32: the most that any of the queries attends to each token of
+        the prompt, 0 at padding.
+    """
+    group = query.shape[1] // keys.shape[1]
+    new = WholePrompt(query, keys, values, prompt.scale, real)
+    out = torch.zeros_like(query)
+    most = torch.zeros(prompt.keys.shape[:3], device=query.device)
+    for sequence, (old, mine) in enumerate(zip(prompt.columns, new.columns, strict=True)):
+        for head in range(keys.shape[1]):
+            queries = slice(head * group, (head + 1) * group)
+            pairs = ((prompt.keys, keys), (prompt.values, values))
+            both = [torch.cat([a[sequence, head, old], b[sequence, head, mine]]).float() for a, b in pairs]
+            weights = _weights(query[sequence, queries][:, mine].float(), both[0], prompt.scale, window)
+            out[sequence, queries, mine] = (weights @ both[1]).to(out.dtype)
+            if weights.shape[1]:
+                most[sequence, head, old] = weights[..., : prompt.lengths[sequence]].amax(dim=(0, 1))
+    return out, most
+
+
+def _weights(query: torch.Tensor, keys: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+    """[G, Q, T] attention of the last Q of T tokens, causal, within the window."""
+    position = torch.arange(len(keys), device=keys.device)
+    age = position[len(keys) - query.shape[1] :, None] - position
+    hidden = (age < 0) | (age >= (window or len(keys)))
+    return (query @ keys.T * scale).masked_fill_(hidden, float("-inf")).softmax(dim=-1)

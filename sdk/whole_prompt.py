@@ -1,0 +1,54 @@
+"""A batch of prompts in one layer, before anything of it is evicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from thinkkv.sdk.plan import PromptView
+from thinkkv.sdk.prompt_attention import real_tokens
+
+
+@dataclass(frozen=True)
+class WholePrompt:
+    """What a layer computed for its prompts.
+
+    Args:
+        query: [B, Hq, N, D], rotated; a prompt that was rehearsed has none any more (N = 0 here).
+        keys, values: [B, n, N, D], contiguous.
+        scale: softmax scale.
+        real: [B, N] bool, False at padding; None where there is none.
+        rehearsed: [B, n, N] float32, the most attention that each token got in a rehearsal.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    scale: float
+    real: torch.Tensor | None = None
+    rehearsed: torch.Tensor | None = None
+
+    @cached_property
+    def columns(self) -> list[slice | torch.Tensor]:
+        """Per sequence, where its real tokens stand."""
+        batch, _, tokens, _ = self.keys.shape
+        return [slice(0, tokens)] * batch if self.real is None else real_tokens(self.real)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Real tokens of each sequence."""
+        batch, _, tokens, _ = self.keys.shape
+        return [tokens] * batch if self.real is None else self.real.sum(dim=1).tolist()
+
+    def view(self, sequence: int, layer: int, layers: int, visible: int) -> PromptView:
+        """What a policy sees of one sequence: its last ``visible`` tokens in this layer of so many."""
+        first = self.lengths[sequence] - visible
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[sequence, :, self.columns[sequence]][:, first:]
+
+        query = own(self.query) if self.query.shape[2] else self.query[sequence]
+        rehearsed = None if self.rehearsed is None else own(self.rehearsed)
+        return PromptView(layer, layers, query, own(self.keys), own(self.values), self.scale, rehearsed)
