@@ -21,19 +21,23 @@ from thinkkv.sdk.layer import HeterogeneousLayer
 from thinkkv.sdk.plan import KeepPlan
 from thinkkv.sdk.whole_prompt import WholePrompt
 
-CHUNK = 512
-"""Tokens read again at once."""
+CHUNK = 2048
+"""Tokens read again at once, as in the paper. Shorter chunks choose worse: where one begins, the model does not know
+yet where in the text it is, and looks everywhere."""
 
-LEAD_IN = 16
-"""Tokens before a chunk that are read with it, so that its first tokens follow what they followed before."""
+LEAD_IN = 64
+"""Tokens before a chunk that are read with it for that reason; their attention is not counted a second time."""
+
+QUERIES = 256
+"""Queries whose attention to everything is in memory at once."""
 
 
 class HoldingLayer(HeterogeneousLayer):
     """Holds its prompts whole until it is filled by a plan; meanwhile they may be rehearsed."""
 
     held: WholePrompt | None = None
-    rehearses = False
-    """Whether what comes is a rehearsal."""
+    counted_from: int | None = None
+    """In a rehearsal: the first of the tokens that come whose attention counts."""
 
     def reset(self) -> None:
         """Forget everything and free the storage."""
@@ -53,11 +57,11 @@ class HoldingLayer(HeterogeneousLayer):
         """Attend a rehearsal to the held prompts and to itself, and note their attention; store nothing of it."""
         if self.held is None:
             return super().attend(query, keys, values, **options)
-        if not self.rehearses:
+        if self.counted_from is None:
             raise UnsupportedGenerationError(
                 "the prompt in this cache was not compressed - start a new cache, with the patch in force that made it"
             )
-        out, most = attend_again(self.held, query, keys, values, options["real"], self.shape.window)
+        out, most = attend_again(self.held, query, keys, values, options["real"], self.shape.window, self.counted_from)
         before = self.held.rehearsed
         self.held = replace(self.held, rehearsed=most if before is None else torch.maximum(before, most))
         return out
@@ -93,9 +97,9 @@ def rehearse(decoder: Any, inputs: Mapping[str, Any], cache: Any) -> None:
     # Real tokens first, so that a row is cut into the same chunks however it is padded.
     order = real.argsort(dim=1, descending=True, stable=True)
     tokens, real = tokens[torch.arange(len(order), device=order.device)[:, None], order], real.gather(1, order)
-    with _rehearsing(cache.layers):
-        for start in range(0, int(lengths.max()), CHUNK):
-            part = slice(max(0, start - LEAD_IN), start + CHUNK)
+    for start in range(0, int(lengths.max()), CHUNK):
+        part = slice(max(0, start - LEAD_IN), start + CHUNK)
+        with _rehearsing(cache.layers, counted_from=start - part.start):
             decoder.forward(
                 **{name: tokens[:, part]},
                 attention_mask=None if mask is None else torch.cat([mask, real[:, part].to(mask)], dim=1),
@@ -106,14 +110,14 @@ def rehearse(decoder: Any, inputs: Mapping[str, Any], cache: Any) -> None:
 
 
 @contextmanager
-def _rehearsing(layers: Sequence[HoldingLayer]) -> Iterator[None]:
+def _rehearsing(layers: Sequence[HoldingLayer], counted_from: int) -> Iterator[None]:
     for layer in layers:
-        layer.rehearses = True
+        layer.counted_from = counted_from
     try:
         yield
     finally:
         for layer in layers:
-            layer.rehearses = False
+            layer.counted_from = None
 
 
 def attend_again(
@@ -123,6 +127,7 @@ def attend_again(
     values: torch.Tensor,
     real: torch.Tensor | None = None,
     window: int | None = None,
+    counted_from: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of tokens that follow held prompts, to these and to one another.
 
@@ -132,30 +137,43 @@ def attend_again(
         keys, values: [B, n, Q, D].
         real: [B, Q] bool, False at padding; None where there is none.
         window: each token sees itself and the ``window - 1`` before it.
+        counted_from: the first real token of each sequence whose attention counts.
 
     Returns:
-        [B, Hq, Q, D], zeros at padding; [B, n, N] float32: the most that any of the queries attends to each token of
-        the prompt, 0 at padding.
+        [B, Hq, Q, D], zeros at padding; [B, n, N] float32: the most that any of the counted queries attends to each
+        token of the prompt, 0 at padding.
     """
     group = query.shape[1] // keys.shape[1]
     new = WholePrompt(query, keys, values, prompt.scale, real)
     out = torch.zeros_like(query)
-    most = torch.zeros(prompt.keys.shape[:3], device=query.device)
+    most = torch.zeros(prompt.keys.shape[:3], dtype=torch.float32, device=query.device)
     for sequence, (old, mine) in enumerate(zip(prompt.columns, new.columns, strict=True)):
         for head in range(keys.shape[1]):
             queries = slice(head * group, (head + 1) * group)
             pairs = ((prompt.keys, keys), (prompt.values, values))
             both = [torch.cat([a[sequence, head, old], b[sequence, head, mine]]).float() for a, b in pairs]
-            weights = _weights(query[sequence, queries][:, mine].float(), both[0], prompt.scale, window)
-            out[sequence, queries, mine] = (weights @ both[1]).to(out.dtype)
-            if weights.shape[1]:
-                most[sequence, head, old] = weights[..., : prompt.lengths[sequence]].amax(dim=(0, 1))
+            own = query[sequence, queries][:, mine].float()
+            attended, counted = _attend(own, both[0], both[1], prompt.scale, window, counted_from)
+            out[sequence, queries, mine] = attended.to(out.dtype)
+            most[sequence, head, old] = counted[: prompt.lengths[sequence]]
     return out, most
 
 
-def _weights(query: torch.Tensor, keys: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
-    """[G, Q, T] attention of the last Q of T tokens, causal, within the window."""
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None, counted_from: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[G, Q, D] attention of the last Q of T tokens, causal, within the window; [T] the most of the counted ones."""
     position = torch.arange(len(keys), device=keys.device)
-    age = position[len(keys) - query.shape[1] :, None] - position
-    hidden = (age < 0) | (age >= (window or len(keys)))
-    return (query @ keys.T * scale).masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+    most = torch.zeros(len(keys), device=keys.device)
+    blocks = []
+    for start in range(0, query.shape[1], QUERIES):
+        block = query[:, start : start + QUERIES]
+        first = len(keys) - query.shape[1] + start
+        age = position[first : first + block.shape[1], None] - position
+        hidden = (age < 0) | (age >= (window or len(keys)))
+        weights = (block @ keys.T * scale).masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        blocks.append(weights @ values)
+        counted = weights[:, max(0, counted_from - start) :]
+        if counted.shape[1]:
+            most = torch.maximum(most, counted.amax(dim=(0, 1)))
+    return torch.cat(blocks, dim=1) if blocks else query, most
