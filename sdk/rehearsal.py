@@ -28,7 +28,7 @@ yet where in the text it is, and looks everywhere."""
 LEAD_IN = 64
 """Tokens before a chunk that are read with it for that reason; their attention is not counted a second time."""
 
-QUERIES = 256
+QUERIES = 128
 """Queries whose attention to everything is in memory at once."""
 
 
@@ -163,17 +163,22 @@ def _attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None, counted_from: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[G, Q, D] attention of the last Q of T tokens, causal, within the window; [T] the most of the counted ones."""
-    position = torch.arange(len(keys), device=keys.device)
+    before = len(keys) - query.shape[1]
     most = torch.zeros(len(keys), device=keys.device)
     blocks = []
     for start in range(0, query.shape[1], QUERIES):
         block = query[:, start : start + QUERIES]
-        first = len(keys) - query.shape[1] + start
-        age = position[first : first + block.shape[1], None] - position
-        hidden = (age < 0) | (age >= (window or len(keys)))
-        weights = (block @ keys.T * scale).masked_fill_(hidden, float("-inf")).softmax(dim=-1)
-        blocks.append(weights @ values)
+        new = block.shape[1]
+        seen = before + start + new
+        weights = (block @ keys[:seen].T).mul_(scale)
+        ahead = torch.ones(new, new, dtype=torch.bool, device=keys.device).triu(1)
+        weights[:, :, seen - new :].masked_fill_(ahead, float("-inf"))
+        if window is not None:
+            position = torch.arange(seen, device=keys.device)
+            weights.masked_fill_(position[-new:, None] - position >= window, float("-inf"))
+        weights = weights.softmax(dim=-1)
+        blocks.append(weights @ values[:seen])
         counted = weights[:, max(0, counted_from - start) :]
         if counted.shape[1]:
-            most = torch.maximum(most, counted.amax(dim=(0, 1)))
+            most[:seen] = torch.maximum(most[:seen], counted.amax(dim=(0, 1)))
     return torch.cat(blocks, dim=1) if blocks else query, most
