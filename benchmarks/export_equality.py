@@ -49,7 +49,7 @@ def main() -> None:
         profile=sdk.calibrate(model, tokenizer, score=score_for(arguments.policy)),
         label=arguments.model,
     )
-    ids = _text(tokenizer)
+    ids = text_ids(tokenizer)
     starts = range(0, 97 * len(arguments.prompts), 97)
     prompts = [ids[start : start + length] for start, length in zip(starts, arguments.prompts, strict=True)]
     expected = [_torch(baked, prompt, arguments.new) for prompt in prompts]
@@ -144,7 +144,8 @@ def _gguf(
             }
 
 
-def _text(tokenizer: Any) -> list[int]:
+def text_ids(tokenizer: Any) -> list[int]:
+    """The built-in prompts and the demo's text."""
     ids: list[int] = tokenizer("\n\n".join([*builtin_prompts(), TEXT.read_text(encoding="utf-8")])).input_ids
     return ids
 

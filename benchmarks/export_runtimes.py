@@ -21,7 +21,7 @@ from thinkkv.export.onnx.slots import GENAI_SLACK
 from thinkkv.sdk.speed.peak import own_peak
 
 TEXT = Path(__file__).parent.parent / "sdk" / "prompts" / "demo.txt"
-BUNDLES = {"ours-int4": "ours", "stock-int4": "stock", "stock-int4-pruned": "stock-pruned"}
+BUNDLES = {"ours-int4": "ours", "stock-int4": "stock", "stock-int4-same-options": "stock-same-options"}
 """Exported for ONNX Runtime: settings and their folders."""
 
 

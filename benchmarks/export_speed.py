@@ -1,13 +1,15 @@
 """Speed of an exported bundle beside the stock export, llama.cpp and PyTorch, in one run on one machine.
 
-    python benchmarks/export_speed.py --folder speed --out benchmarks/results/export_speed.json
+    python benchmarks/export_speed.py --folder speed --profile benchmarks/results/eval_2000/retrieval-profile \
+           --out benchmarks/results/export_speed.json
 
 All settings of one context stand ready at once, each in a process of its own, so that peak memory is its own. They
 prefill in turn and then decode in turn, a few tokens at a time, so that a machine that slows down slows all of them.
 What was measured stands in FOLDER/measured.jsonl and is not measured again: an interrupted run goes on.
 
-The ONNX bundles hold the same int4 weights, llama.cpp the same model at q4_0, PyTorch float32. Contexts that the model
-does not have are measured on random weights of its shape, with a cache that is filled without a prompt.
+The ONNX bundles hold the same int4 weights: ours, the stock export as its documentation has it, and the stock export
+with the builder options that ours has. llama.cpp holds the same model at q4_0, PyTorch in float32. Contexts that the
+model does not have are measured on random weights of its shape, with a cache that is filled without a prompt.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from typing import Any
 
 from environment import save
 from export_runtimes import BUNDLES
+
+from thinkkv.export.onnx.builder import EXTRA_OPTIONS
 
 SETTINGS = (*BUNDLES, "llama.cpp-q4_0", "torch-ours", "torch-stock")
 GOALS = {128: 0.95, 600: 0.95, 2048: 1.2, 7900: 2.4}
@@ -155,7 +159,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if (folder / "ready").exists():
         return
     model, tokenizer = sdk.load(arguments.model, dtype="float32")
-    profile = sdk.calibrate(model, tokenizer, score=score_for(arguments.policy))
+    score = score_for(arguments.policy)
+    given = arguments.profile
+    profile = sdk.HeadProfile.load(given) if given else sdk.calibrate(model, tokenizer, score=score)
     longest = max(arguments.contexts)
     if longest >= arguments.filled:
         shapes = _shapes(model)
@@ -194,14 +200,15 @@ def _export(arguments: argparse.Namespace, model: Any, tokenizer: Any, profile: 
     write_onnx(baked, folder / "ours", quantize="int4")
     if not context:
         write_gguf(baked, folder / "model.gguf", quantize="int4")
-    _build_stock(folder / "checkpoint", folder / "stock")
-    _build_stock(folder / "checkpoint", folder / "stock-pruned", "--extra_options", "prune_lm_head=true")
+    build_stock(folder / "checkpoint", folder / "stock")
+    build_stock(folder / "checkpoint", folder / "stock-same-options", *EXTRA_OPTIONS)
 
 
-def _build_stock(checkpoint: Path, target: Path, *options: str) -> None:
-    """The stock export as its documentation has it, or with these options."""
+def build_stock(checkpoint: Path, target: Path, *options: str, precision: str = "int4") -> None:
+    """The stock export as its documentation has it, or with these options of the builder."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(target)]
-    command += ["-p", "int4", "-e", "cpu", "-c", str(target / ".cache"), *options]
+    command += ["-p", precision, "-e", "cpu", "-c", str(target / ".cache")]
+    command += ["--extra_options", *options] if options else []
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
 
 
@@ -212,6 +219,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--policy", choices=("task-kv", "retrieval-kv"), default="retrieval-kv")
+    parser.add_argument("--profile", type=Path, help="head profile; without it one is calibrated")
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--contexts", type=split(int), default=[128, 600, 2048, 7900, 32000])
     parser.add_argument("--filled", type=int, default=8193, help="from this context on, random weights and no prompt")

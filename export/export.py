@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,7 @@ def export(
     format: Format,
     quantize: Quantize = "none",
     provider: Provider = "cpu",
+    builder_options: Sequence[str] = (),
     force: bool = False,
     verify: bool = True,
 ) -> Exported:
@@ -61,6 +63,7 @@ def export(
         format: what to write.
         quantize: weight-only quantization of ONNX and GGUF.
         provider: ONNX execution provider; only what is for the CPU can be verified here.
+        builder_options: further ``KEY=VALUE`` options of onnxruntime-genai's model builder.
         force: replace an existing folder.
         verify: compare greedy tokens with PyTorch before the folder is put in place.
 
@@ -70,8 +73,10 @@ def export(
     """
     if format == "safetensors" and quantize != "none":
         raise ExportError("safetensors checkpoints are not quantized - drop --quantize, or use --format onnx or gguf")
+    if format != "onnx" and builder_options:
+        raise ExportError("builder options belong to ONNX - drop --builder-option, or use --format onnx")
     with staged(target, needs=_needed_bytes(baked, format), force=force) as folder:
-        verified = _write(baked, folder, format, quantize, provider, verify)
+        verified = _write(baked, folder, format, quantize, provider, builder_options, verify)
         if verified.greedy_tokens_equal is False and quantize == "none":
             raise ExportError(
                 f"the {format} export generates other tokens than {verified.against} - nothing was kept; please report "
@@ -81,7 +86,13 @@ def export(
 
 
 def _write(
-    baked: Baked, folder: Path, format: Format, quantize: Quantize, provider: Provider, verify: bool
+    baked: Baked,
+    folder: Path,
+    format: Format,
+    quantize: Quantize,
+    provider: Provider,
+    builder_options: Sequence[str],
+    verify: bool,
 ) -> Verified:
     if format == "safetensors":
         from thinkkv.export.safetensors import write_checkpoint
@@ -96,7 +107,7 @@ def _write(
         return verify_gguf(baked, folder / GGUF_FILE) if verify else NOT_RUN
     from thinkkv.export.onnx.write import write_onnx
 
-    write_onnx(baked, folder, quantize=quantize, provider=provider)
+    write_onnx(baked, folder, quantize=quantize, provider=provider, builder_options=builder_options)
     return verify_onnx(baked, folder) if verify and provider == "cpu" else NOT_RUN
 
 

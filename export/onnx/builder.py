@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ Provider = Literal["cpu", "cuda", "webgpu"]
 EXTRA_OPTIONS = (
     "prune_lm_head=true",  # a prompt's logits but the last would take gigabytes: tokens x vocabulary
     "fuse_qk_norm_gqa=false",  # normalised inside the attention node, queries could not be given to another one
+    "fuse_mlp_gate_up=true",  # one product instead of two: the same numbers, 2 to 3 % faster decoding
 )
 
 
@@ -26,7 +28,25 @@ def check_installed() -> None:
     require(("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"), extra="export", purpose="ONNX export")
 
 
-def build_dense(checkpoint: Path, target: Path, *, quantize: Quantize = "none", provider: Provider = "cpu") -> None:
+def check_options(options: Sequence[str]) -> None:
+    """Raise ExportError unless these are ``KEY=VALUE`` pairs that the rewrite of the graph leaves open."""
+    fixed = {option.partition("=")[0] for option in EXTRA_OPTIONS}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not (key and equals and value):
+            raise ExportError(f"{option!r} is no builder option - write it as KEY=VALUE")
+        if key in fixed:
+            raise ExportError(f"{key} is fixed: a bundle's graph depends on it - leave it out")
+
+
+def build_dense(
+    checkpoint: Path,
+    target: Path,
+    *,
+    quantize: Quantize = "none",
+    provider: Provider = "cpu",
+    options: Sequence[str] = (),
+) -> None:
     """Build the dense model's bundle: graph, data file, ``genai_config.json``, tokenizer.
 
     Args:
@@ -34,10 +54,12 @@ def build_dense(checkpoint: Path, target: Path, *, quantize: Quantize = "none", 
         target: where the files go.
         quantize: weight-only quantization.
         provider: execution provider that the graph is for.
+        options: further ``KEY=VALUE`` pairs for the builder's ``--extra_options``.
 
     Raises:
-        ExportError: the builder failed.
+        ExportError: an option is none or fixed, or the builder failed.
     """
+    check_options(options)
     full = "fp32" if provider == "cpu" else "fp16"
     precision = full if quantize == "none" else quantize
     # In a process of its own: the builder prints, changes sys.path and leaves the weights in memory.
@@ -46,7 +68,7 @@ def build_dense(checkpoint: Path, target: Path, *, quantize: Quantize = "none", 
             *(sys.executable, "-m", "onnxruntime_genai.models.builder"),
             *("--input", str(checkpoint), "--output", str(target)),
             *("--precision", precision, "--execution_provider", provider),
-            *("--cache_dir", str(target / ".cache"), "--extra_options", *EXTRA_OPTIONS),
+            *("--cache_dir", str(target / ".cache"), "--extra_options", *EXTRA_OPTIONS, *options),
         ],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
         capture_output=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from thinkkv.patches.errors import ExportError
 from thinkkv.sdk.baked import BLOCK_FILE
 
 
-def write_onnx(baked: Baked, folder: Path, *, quantize: Quantize = "none", provider: Provider = "cpu") -> None:
+def write_onnx(
+    baked: Baked,
+    folder: Path,
+    *,
+    quantize: Quantize = "none",
+    provider: Provider = "cpu",
+    builder_options: Sequence[str] = (),
+) -> None:
     """Graph, data file, ``genai_config.json``, tokenizer and ``thinkkv.json``.
 
     Args:
@@ -27,6 +35,7 @@ def write_onnx(baked: Baked, folder: Path, *, quantize: Quantize = "none", provi
         folder: an existing folder.
         quantize: weight-only quantization by the builder.
         provider: execution provider that the graph is for; other than ``cpu`` it is built and checked, not run.
+        builder_options: further options of onnxruntime-genai's builder, ``KEY=VALUE``.
 
     Raises:
         ExportError: the model cannot be expressed, or the builder failed.
@@ -37,10 +46,15 @@ def write_onnx(baked: Baked, folder: Path, *, quantize: Quantize = "none", provi
     slots = slots_of(baked.block)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.checkpoint.") as checkpoint:
         write_checkpoint(baked, Path(checkpoint))
-        build_dense(Path(checkpoint), folder, quantize=quantize, provider=provider)
+        build_dense(Path(checkpoint), folder, quantize=quantize, provider=provider, options=builder_options)
     bounded = _rewrite_graph(folder / GRAPH_FILE, baked.block, slots)
     _adapt_genai(folder / GENAI_FILE, slots, bounded, GENAI_SLACK if provider == "cpu" else 0)
-    runtime = {"quantize": quantize, "provider": provider, "slots": vars(slots) if slots else None}
+    runtime = {
+        "quantize": quantize,
+        "provider": provider,
+        "builder_options": list(builder_options),
+        "slots": vars(slots) if slots else None,
+    }
     write_json(folder / BLOCK_FILE, baked.block.as_json() | {"onnx": runtime})
 
 

@@ -42,6 +42,13 @@ Examples:
 )
 @click.option("--quantize", type=click.Choice(("none", "int8", "int4")), default="none", show_default=True)
 @click.option(
+    "--builder-option",
+    "builder_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Extra option of onnxruntime-genai's builder, e.g. algo_config=k_quant_mixed.  [repeatable]",
+)
+@click.option(
     "--provider",
     type=click.Choice(("cpu", "cuda", "webgpu")),
     default="cpu",
@@ -63,6 +70,7 @@ def export(
     budget: int | None,
     context: int | None,
     quantize: Literal["none", "int8", "int4"],
+    builder_options: tuple[str, ...],
     provider: Literal["cpu", "cuda", "webgpu"],
     out: Path | None,
     force: bool,
@@ -87,9 +95,10 @@ def export(
     target = out or default_folder("export", f"{source.label}-{suffix}")
     check_target(target, force=force)
     if format_ == "onnx":
-        from thinkkv.export.onnx.builder import check_installed
+        from thinkkv.export.onnx.builder import check_installed, check_options
 
         check_installed()
+        check_options(builder_options)
     model_sources.fetch(source)
     with progress(f"loading {source.label}"):
         network, tokenizer = models.load(choice.model, dtype=dtype)
@@ -97,7 +106,16 @@ def export(
     from thinkkv.export.export import export as write
 
     with progress(f"writing {format_}" + (" and verifying" if verify else "")):
-        done = write(baked, target, format=format_, quantize=quantize, provider=provider, force=force, verify=verify)
+        done = write(
+            baked,
+            target,
+            format=format_,
+            quantize=quantize,
+            provider=provider,
+            builder_options=builder_options,
+            force=force,
+            verify=verify,
+        )
     result = done.as_json() | {
         "model": source.label,
         "policy": baked.block.policy,

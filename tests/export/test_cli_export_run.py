@@ -72,6 +72,29 @@ def test_the_bare_command_exports_the_newest_patch(bundle: tuple[Path, dict[str,
     }
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("onnx", "block_size"), "'block_size' is no builder option - write it as KEY=VALUE"),
+        (("onnx", "prune_lm_head=false"), "prune_lm_head is fixed: a bundle's graph depends on it"),
+        (("gguf", "block_size=16"), "builder options belong to ONNX - drop --builder-option"),
+    ],
+    ids=["no pair", "fixed", "another format"],
+)
+def test_builder_options_that_cannot_be_followed_are_refused(
+    checkpoint: Path, tmp_path: Path, arguments: tuple[str, str], said: str
+) -> None:
+    format_, option = arguments
+    profile, out = str(checkpoint.parent / "profile"), tmp_path / "out"
+    done = call(
+        *("export", "--model", str(checkpoint), "--profile", profile, "--format", format_),
+        *("--builder-option", option, "--out", str(out)),
+        code=1,
+    )
+    assert said in " ".join(done.stderr.split())
+    assert not out.exists()
+
+
 def test_run_answers_without_torch(bundle: tuple[Path, dict[str, Any]]) -> None:
     code = (
         "import sys; from thinkkv.sdk.cli import main\n"

@@ -231,6 +231,23 @@ def test_the_runtime_refuses_a_batch_by_the_name_of_its_input(make: Make) -> Non
         onnxruntime_genai.Generator(model, parameters).append_tokens(np.array([prompt(9), prompt(9)], dtype=np.int32))
 
 
+def test_gate_and_up_projections_are_one_product(make: Make) -> None:
+    bundle = make(*CASES["llama3"])
+    names = [node.name for node in onnx.load(bundle.folder / "model.onnx", load_external_data=False).graph.node]
+    layers = len(bundle.baked.block.layers)
+    assert sum("gate_up_proj/MatMul" in name for name in names) == layers
+    assert not any("/gate_proj/" in name or "/up_proj/" in name for name in names)
+
+
+def test_further_builder_options_reach_the_builder(make: Make) -> None:
+    bundle = make("llama3", 4, SMALL, 0.5, quantize="int4", builder_options=("block_size=16",))
+    nodes = onnx.load(bundle.folder / "model.onnx", load_external_data=False).graph.node
+    sizes = [onnx.helper.get_node_attr_value(node, "block_size") for node in nodes if node.op_type == "MatMulNBits"]
+    assert sizes
+    assert set(sizes) == {16}
+    assert json.loads((bundle.folder / "thinkkv.json").read_text())["onnx"]["builder_options"] == ["block_size=16"]
+
+
 @pytest.mark.parametrize("quantize", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_quantized_weights_give_the_dense_graphs_tokens_while_everything_fits(make: Make, quantize: str) -> None:
     ours = make("llama3", 4, SMALL, 0.5, quantize=quantize)
