@@ -59,10 +59,12 @@ class LayerBudget:
     Args:
         tokens: B, tokens summed over the layer's KV heads.
         full_heads: KV heads that keep everything, where the policy decides that over all layers at once.
+        per_head: tokens of each KV head, where the policy decides that over all layers at once.
     """
 
     tokens: int
     full_heads: tuple[int, ...] = ()
+    per_head: tuple[int, ...] = ()
 
 
 def even_layers(layers: Sequence[LayerPrompt], budget: Budget) -> list[LayerBudget]:

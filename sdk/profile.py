@@ -20,18 +20,20 @@ from thinkkv.patches.architecture import LayerShape, attention_modules
 from thinkkv.patches.errors import ProfileMismatchError
 from thinkkv.patches.registry import architecture_of
 from thinkkv.sdk.files import write_whole
-from thinkkv.sdk.policies import Policy, RetrievalKV, TaskKV
+from thinkkv.sdk.policies import POLICIES, Policy
 
 SCHEMA = 1
 PROFILE_FILE = "profile.json"
 PICTURE_FILE = "heads.png"
 SCORES = {"distance": "task-kv", "retrieval": "retrieval-kv"}
-"""Calibration scores, and the policy that each is for."""
+"""Calibration scores, and the policy that each stands for where none is named."""
 
 
 def score_for(policy: str) -> str:
     """The calibration score that a policy's profile has."""
-    return next(score for score, own in SCORES.items() if own == policy)
+    score = POLICIES[policy].profile_score
+    assert score is not None, f"{policy} takes no profile"
+    return score
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class HeadProfile:
 
     @property
     def policy(self) -> str:
-        """Name of the policy that the profile is for."""
+        """Name of the policy that the profile brings where none is named."""
         return SCORES[self.score]
 
     def fix(self, policy: Policy) -> Policy:
@@ -63,11 +65,14 @@ class HeadProfile:
         Raises:
             ProfileMismatchError: the policy does not use this kind of score.
         """
-        if isinstance(policy, (TaskKV, RetrievalKV)) and policy.name == self.policy:
-            return replace(policy, head_scores=self.scores)
+        if policy.profile_score == self.score:
+            chosen: Any = policy  # every policy is a dataclass
+            fixed: Policy = replace(chosen, head_scores=self.scores)
+            return fixed
+        served = " or ".join(name for name, own in POLICIES.items() if own.profile_score == self.score)
         raise ProfileMismatchError(
-            f"the profile holds {self.score} scores for {self.policy}, not for {policy.name} - "
-            f"drop the profile or use --policy {self.policy}"
+            f"the profile holds {self.score} scores for {served}, not for {policy.name} - "
+            f"drop the profile or use --policy {served}"
         )
 
     def check(self, model: nn.Module, shapes: Sequence[LayerShape]) -> None:

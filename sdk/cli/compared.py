@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from thinkkv.sdk.cli.console import console, progress, track
-from thinkkv.sdk.cli.options import Command
+from thinkkv.sdk.cli.options import POLICY_NAMES, Command
 
 if TYPE_CHECKING:
     from thinkkv.sdk.evaluation.setting import Setting
     from thinkkv.sdk.profile import HeadProfile
 
 Number = TypeVar("Number", int, float)
-DEFAULT_POLICIES = "full,task-kv,retrieval-kv,streaming-llm,snapkv,pyramidkv,adakv,kvzip"
+DEFAULT_POLICIES = ",".join(POLICY_NAMES)
 
 
 def compared_options(command: Command) -> Command:
@@ -94,20 +94,20 @@ class Compared:
     def profiles(
         self, network: Any, tokenizer: Any, settings: Iterable[Setting], folder: Path
     ) -> dict[str, HeadProfile]:
-        """Profiles by policy: the given ones, and one calibrated into ``folder`` where retrieval-kv has none."""
+        """Profiles by policy: the given ones; where a retrieval profile is missing, one calibrated into ``folder``."""
         from thinkkv.sdk.calibration import calibrate
         from thinkkv.sdk.profile import PROFILE_FILE, HeadProfile
 
-        found = {profile.policy: profile for profile in map(HeadProfile.load, self.profile_folders)}
-        needed = {setting.policy.name for setting in settings}
-        if "retrieval-kv" in needed and "retrieval-kv" not in found:
+        found = {profile.score: profile for profile in map(HeadProfile.load, self.profile_folders)}
+        needed = {setting.policy.name: setting.policy.profile_score for setting in settings}
+        if "retrieval" in needed.values() and "retrieval" not in found:
             kept = folder / "retrieval-profile"
             if not (kept / PROFILE_FILE).exists():
                 calibrate(network, tokenizer, score="retrieval", progress=track("calibrating heads by retrieval")).save(
                     kept
                 )
-            found["retrieval-kv"] = HeadProfile.load(kept)
-        chosen = {policy: profile for policy, profile in found.items() if policy in needed}
+            found["retrieval"] = HeadProfile.load(kept)
+        chosen = {policy: found[score] for policy, score in needed.items() if score in found}
         self._check(network, chosen)
         return chosen
 

@@ -14,6 +14,7 @@ from thinkkv.sdk.cli.options import (
     dtype_option,
     json_option,
     policy_option,
+    share_a_profile,
 )
 from thinkkv.sdk.cli.text import echo, prompt_options, prompt_text, show_bytes
 
@@ -121,8 +122,8 @@ def _newest(
 
     folder, result = newest_finished("patch")
     console.print(f"using model {result['model']} and profile of {folder}", highlight=False)
-    if policy is None or policy == result["policy"]:
-        policy = result["policy"]
+    policy = policy or result["policy"]
+    if share_a_profile(policy, result["policy"]):
         profile = profile or (Path(result["profile"]) if result["profile"] else None)
     if ratio is None and budget is None:
         ratio, budget = result["ratio"], result["budget"]
@@ -140,7 +141,7 @@ def _as_baked(
         return profile, policy, ratio, budget
     if policy is None and profile is None:
         policy = baked.policy
-    if policy == baked.policy:
+    if share_a_profile(policy, baked.policy):
         profile = profile or baked.profile
     if ratio is None and budget is None:
         ratio, budget = baked.ratio, baked.budget

@@ -12,8 +12,26 @@ from thinkkv.patches.errors import ThinkKVError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-POLICY_NAMES = ("full", "task-kv", "retrieval-kv", "streaming-llm", "snapkv", "pyramidkv", "adakv", "kvzip")
+POLICY_NAMES = (
+    "full",
+    "task-kv",
+    "retrieval-kv",
+    "rehearsed-kv",
+    "streaming-llm",
+    "snapkv",
+    "pyramidkv",
+    "adakv",
+    "kvzip",
+)
 """As in ``thinkkv.sdk.policies``, repeated here so that a help text loads no torch; a test compares them."""
+
+PROFILE_SCORES = {"task-kv": "distance", "retrieval-kv": "retrieval", "rehearsed-kv": "retrieval"}
+"""The policies that take a profile, and which score it holds; repeated for the same reason."""
+
+
+def share_a_profile(policy: str | None, other: str) -> bool:
+    """Whether a profile that was made for the other policy serves this one."""
+    return policy == other or (policy in PROFILE_SCORES and PROFILE_SCORES[policy] == PROFILE_SCORES.get(other))
 
 
 def budget_options(command: Command) -> Command:

@@ -12,6 +12,7 @@ import click
 from thinkkv.patches.errors import ThinkKVError
 from thinkkv.sdk.cli.console import console, print_json, progress, track
 from thinkkv.sdk.cli.options import (
+    PROFILE_SCORES,
     budget_options,
     check_budget,
     dtype_option,
@@ -98,18 +99,15 @@ def patch(
 
 def _policy_and_score(policy: str | None, score: str | None) -> tuple[str, str | None]:
     """Each of the two follows from the other; only the policies with classes have a score."""
-    from thinkkv.sdk.cli.options import POLICY_NAMES
-
-    needed = {"task-kv": "distance", "retrieval-kv": "retrieval"}
-    policy = policy or next((name for name, own in needed.items() if own == score), "task-kv")
-    assert policy in POLICY_NAMES
-    if score is not None and score != needed.get(policy):
-        wanted = needed.get(policy)
+    policy = policy or next((name for name, own in PROFILE_SCORES.items() if own == score), "task-kv")
+    wanted = PROFILE_SCORES.get(policy)
+    if score is not None and score != wanted:
+        served = " or ".join(name for name, own in PROFILE_SCORES.items() if own == score)
         raise click.UsageError(
             f"{policy} does not use {score} scores - "
-            + (f"use --score {wanted}" if wanted else "drop --score, or use --policy task-kv or retrieval-kv")
+            + (f"use --score {wanted}" if wanted else f"drop --score, or use --policy {served}")
         )
-    return policy, needed.get(policy)
+    return policy, wanted
 
 
 def _task_prompts(path: Path) -> list[str]:

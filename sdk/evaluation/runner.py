@@ -69,7 +69,7 @@ class Evaluation:
             "seed": self.seed,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "fingerprint": fingerprint,
-            "profiles": {policy: dict(profile.calibration) for policy, profile in sorted(self.profiles.items())},
+            "profiles": {found.policy: dict(found.calibration) for found in self.profiles.values()},
         }
 
     def cells(self, tasks: Iterable[Task], sizes: Sequence[int], questions: Sequence[Question]) -> list[Cell]:

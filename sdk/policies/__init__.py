@@ -8,13 +8,15 @@ from thinkkv.sdk.policies.full import Full
 from thinkkv.sdk.policies.kvzip import KVzip
 from thinkkv.sdk.policies.policy import Policy
 from thinkkv.sdk.policies.pyramidkv import PyramidKV
+from thinkkv.sdk.policies.rehearsed_kv import RehearsedKV
 from thinkkv.sdk.policies.retrieval_kv import RetrievalKV
 from thinkkv.sdk.policies.snapkv import SnapKV
 from thinkkv.sdk.policies.streaming_llm import StreamingLLM
 from thinkkv.sdk.policies.task_kv import TaskKV
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Full, TaskKV, RetrievalKV, StreamingLLM, SnapKV, PyramidKV, AdaKV, KVzip)
+    policy.name: policy
+    for policy in (Full, TaskKV, RetrievalKV, RehearsedKV, StreamingLLM, SnapKV, PyramidKV, AdaKV, KVzip)
 }
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "KVzip",
     "Policy",
     "PyramidKV",
+    "RehearsedKV",
     "RetrievalKV",
     "SnapKV",
     "StreamingLLM",

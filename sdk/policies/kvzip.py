@@ -8,14 +8,13 @@ from typing import ClassVar
 
 import torch
 
-from thinkkv.patches.errors import UnsupportedGenerationError
 from thinkkv.sdk.budget import LayerBudget
 from thinkkv.sdk.plan import KeepPlan, PromptView
-from thinkkv.sdk.policies.policy import Policy
+from thinkkv.sdk.policies.rehearsing import Rehearsing
 
 
 @dataclass(frozen=True)
-class KVzip(Policy):
+class KVzip(Rehearsing):
     """One ranking of all tokens in all KV heads and layers by their most attention in a rehearsal.
 
     The prompt of the paper that asks for a repetition is left out, since a cache knows no words: the text alone is
@@ -26,25 +25,6 @@ class KVzip(Policy):
     """
 
     name: ClassVar[str] = "kvzip"
-    rehearses: ClassVar[bool] = True
-
-    sinks: int = 16
-    recent: int = 32
-
-    @property
-    def smallest(self) -> int:
-        """Both ends."""
-        return self.sinks + self.recent
-
-    @property
-    def always_kept(self) -> int:
-        """With the defaults as short a prompt as Task-KV keeps whole: a few bytes are not worth a second reading."""
-        return self.sinks + 8 * self.recent
-
-    @property
-    def kept_ends(self) -> tuple[int, int]:
-        """Sinks and recent tokens."""
-        return self.sinks, self.recent
 
     def plan(self, prompt: PromptView, budget: LayerBudget) -> KeepPlan:
         """As if the model had this layer only."""
@@ -66,11 +46,4 @@ class KVzip(Policy):
         """[n, N] float32: how much each token was attended to, infinitely where it is kept for certain."""
         if budget.tokens >= prompt.tokens * prompt.kv_heads:
             return torch.full(prompt.keys.shape[:2], float("inf"), device=prompt.keys.device)
-        if prompt.rehearsed is None:
-            raise UnsupportedGenerationError(
-                "kvzip needs a prompt that was read twice - pass it through the model that sdk.apply patched, "
-                "not through its decoder layers"
-            )
-        scores = prompt.rehearsed.clone()
-        scores[:, : self.sinks] = scores[:, prompt.tokens - self.recent :] = float("inf")
-        return scores
+        return self.with_ends(prompt, self.rehearsed(prompt))

@@ -18,6 +18,9 @@ class Policy(ABC):
     rehearses: ClassVar[bool] = False
     """Whether the model reads a prompt again before it is compressed, all layers at once (``sdk/rehearsal.py``)."""
 
+    profile_score: ClassVar[str | None] = None
+    """The calibration score whose profiles the policy takes as its ``head_scores``; None where it takes none."""
+
     @property
     @abstractmethod
     def smallest(self) -> int:

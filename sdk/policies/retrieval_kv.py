@@ -7,15 +7,15 @@ The best share of them, over all layers at once, keeps the whole cache; the othe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from thinkkv.patches.errors import ProfileMismatchError
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
 from thinkkv.sdk.plan import KeepPlan, PromptView
+from thinkkv.sdk.policies.ranked_heads import SHARE, HeadScores, best_heads, check_ranking, ranked
 from thinkkv.sdk.policies.sinks_middle_recent import SinksMiddleRecent
 
 WINDOWS = 8
@@ -35,9 +35,10 @@ class RetrievalKV(SinksMiddleRecent):
     """
 
     name: ClassVar[str] = "retrieval-kv"
+    profile_score: ClassVar[str] = "retrieval"
 
-    head_scores: tuple[tuple[float, ...], ...] = ()
-    share: float = 0.2
+    head_scores: HeadScores = ()
+    share: float = SHARE
     recent: int = 32
 
     @property
@@ -47,35 +48,21 @@ class RetrievalKV(SinksMiddleRecent):
 
     def layer_budgets(self, layers: Sequence[LayerPrompt], budget: Budget) -> list[LayerBudget]:
         """As many of the best heads as fit are full; every other head of the model gets the same tokens."""
-        if not self.head_scores:
-            raise ProfileMismatchError(
-                "retrieval-kv chooses its heads by a profile - calibrate one with "
-                "`thinkkv patch --score retrieval` and pass it"
-            )
+        check_ranking(self.name, self.head_scores)
         total = sum(layer.tokens for layer in even_layers(layers, budget))
         visible = {layer.layer: layer.visible for layer in layers}
-        ranked = self._ranked(layer.layer for layer in layers)
-        for count in range(round(self.share * len(ranked)), -1, -1):
-            full = ranked[:count]
+        ranking = ranked(self.head_scores, (layer.layer for layer in layers))
+        for count in range(round(self.share * len(ranking)), -1, -1):
+            full = ranking[:count]
             left = total - sum(visible[layer] for layer, _ in full)
-            each = _level([visible[layer] for layer, _ in ranked[count:]], left)
+            each = _level([visible[layer] for layer, _ in ranking[count:]], left)
             if each >= self.sinks + self.recent:
                 break
         return [self._layer(layer, each, tuple(sorted(h for at, h in full if at == layer.layer))) for layer in layers]
 
     def best_heads(self) -> tuple[tuple[int, ...], ...]:
         """Per layer, its heads among the best ``share`` of the whole model."""
-        ranked = self._ranked(range(len(self.head_scores)))
-        chosen = set(ranked[: round(self.share * len(ranked))])
-        return tuple(
-            tuple(head for head in range(len(row)) if (layer, head) in chosen)
-            for layer, row in enumerate(self.head_scores)
-        )
-
-    def _ranked(self, layers: Iterable[int]) -> list[tuple[int, int]]:
-        """(layer, KV head) of these layers, best score first."""
-        heads = [(layer, head) for layer in layers for head in range(len(self.head_scores[layer]))]
-        return sorted(heads, key=lambda head: -self.head_scores[head[0]][head[1]])
+        return best_heads(self.head_scores, self.share)
 
     def plan(self, prompt: PromptView, budget: LayerBudget) -> KeepPlan:
         """Keep everything in the budget's full heads, sinks + middle + recent in the others."""

@@ -46,6 +46,7 @@ class TaskKV(SinksMiddleRecent):
     """
 
     name: ClassVar[str] = "task-kv"
+    profile_score: ClassVar[str] = "distance"
 
     beta: float | None = None
     top_layer_heads: int | None = None

@@ -9,6 +9,7 @@ from thinkkv.sdk.policies import (
     KVzip,
     Policy,
     PyramidKV,
+    RehearsedKV,
     RetrievalKV,
     SnapKV,
     StreamingLLM,
@@ -19,6 +20,7 @@ SMALLEST = {
     "full": 0,
     "task-kv": 6,
     "retrieval-kv": 6,
+    "rehearsed-kv": 5,
     "streaming-llm": 3,
     "snapkv": 5,
     "pyramidkv": 5,
@@ -27,7 +29,7 @@ SMALLEST = {
 }
 """Tokens per head that each policy below cannot do without, by its constants."""
 
-ALWAYS_KEPT = SMALLEST | {"task-kv": 10, "retrieval-kv": 34, "kvzip": 26}
+ALWAYS_KEPT = SMALLEST | {"task-kv": 10, "retrieval-kv": 34, "rehearsed-kv": 26, "kvzip": 26}
 """Prompts up to this length stay whole."""
 
 NAMES = tuple(SMALLEST)
@@ -41,6 +43,7 @@ def small_policy(name: str, kv_heads: int) -> Policy:
         "full": Full(),
         "task-kv": TaskKV(sinks=2, recent=8, observation_window=4, top=16, pooling=3),
         "retrieval-kv": RetrievalKV(head_scores=made_up, sinks=2, recent=6, observation_window=4, pooling=3),
+        "rehearsed-kv": RehearsedKV(head_scores=made_up, power=4, pooling=3, sinks=2, recent=3),
         "streaming-llm": StreamingLLM(sinks=2),
         "snapkv": SnapKV(observation_window=4, pooling=3),
         "pyramidkv": PyramidKV(observation_window=4, pooling=3, beta=4),

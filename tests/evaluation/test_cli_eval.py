@@ -40,6 +40,19 @@ def test_retrieval_kv_gets_a_profile(thinkkv, checkpoint):
     assert Path("out/retrieval-profile/profile.json").exists()
 
 
+def test_policies_that_rank_heads_share_a_profile_and_a_folder(thinkkv, checkpoint):
+    call = arguments(checkpoint, "--tasks", "passkey", "--question", "after", "--ratio", "0.6", "--out", "out")
+    call.append("--json")
+    profile, samples = Path("out/retrieval-profile/profile.json"), Path("out/samples.jsonl")
+    thinkkv(*call, "--policies", "retrieval-kv")
+    before = profile.read_bytes(), samples.read_bytes()
+    done = thinkkv(*call, "--policies", "retrieval-kv,rehearsed-kv")
+    assert [row["policy"] for row in done.json["rows"]] == ["retrieval-kv", "rehearsed-kv"]
+    assert profile.read_bytes() == before[0]
+    assert samples.read_bytes().startswith(before[1])
+    assert thinkkv(*call, "--policies", "rehearsed-kv", "--profile", "out/retrieval-profile").code == 0
+
+
 @pytest.mark.parametrize(
     ("more", "said", "code"),
     [

@@ -1,4 +1,4 @@
-"""Greedy continuations, and a Task-KV small enough to evict tokens of the prompts of tiny models."""
+"""Greedy continuations, and policies small enough to evict tokens of the prompts of tiny models."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from thinkkv.sdk.policies import TaskKV
+from thinkkv.sdk.policies import RehearsedKV, TaskKV
 
 SMALL_TASK_KV = TaskKV(sinks=2, recent=8, observation_window=4, top=16)
+SMALL_REHEARSED_KV = RehearsedKV(head_scores=((0.7, 0.3), (0.9, 0.5), (0.4, 1.0)), sinks=2, recent=3)
 
 
 def greedy(model: Any, ids: torch.Tensor, steps: int = 8, **options: Any) -> list[list[int]]:

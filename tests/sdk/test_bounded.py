@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AttentionInterface
 from tests.tiny_models import Case
 from thinkkv import sdk
 from thinkkv.sdk.bounded import SEGMENT
-from thinkkv.sdk.policies import AdaKV, Full, KVzip, Policy, SnapKV, StreamingLLM, TaskKV
+from thinkkv.sdk.policies import AdaKV, Full, KVzip, Policy, RehearsedKV, SnapKV, StreamingLLM, TaskKV
 
 PROMPT, STEPS = 90, 150
 POLICIES = [
@@ -22,6 +23,7 @@ POLICIES = [
     AdaKV(observation_window=8),
     KVzip(sinks=2, recent=8),
 ]
+REHEARSED = RehearsedKV(head_scores=((0.2, 1.0, 0.3, 0.4),) * 3, sinks=2, recent=5)
 
 
 def run(model: Any, policy: Policy, ids: torch.Tensor, steps: int, **budget: Any) -> tuple[Any, Any, list[Any], Any]:
@@ -92,9 +94,9 @@ def test_a_uniform_policy_stops_growing():
     assert max(report.bytes.used for report in reports) < (PROMPT // 2 + SEGMENT) * entry * 4 * len(reports[0].layers)
 
 
-def test_full_heads_keep_everything_and_others_keep_their_ends():
+@pytest.mark.parametrize("policy", [POLICIES[0], REHEARSED], ids=lambda policy: policy.name)
+def test_full_heads_keep_everything_and_others_keep_their_ends(policy):
     model = Case("llama", kv_heads=4).model()
-    policy = POLICIES[0]
     _, cache, _, reports = run(model, policy, torch.randint(1, 97, (1, PROMPT + STEPS)), STEPS, ratio=0.5)
     everything = list(range(PROMPT + STEPS))
     for layer, kept in zip(reports[-1].layers, cache.kept_positions(), strict=True):
@@ -108,9 +110,13 @@ def test_full_heads_keep_everything_and_others_keep_their_ends():
                 assert len(positions) < PROMPT // 2 + SEGMENT
 
 
-def test_a_short_prompt_is_separated_for_the_decoding_to_come():
+@pytest.mark.parametrize(
+    "short",
+    [TaskKV(sinks=4, recent=100, observation_window=8, top=32), replace(REHEARSED, sinks=4, recent=12)],
+    ids=lambda policy: policy.name,
+)
+def test_a_short_prompt_is_separated_for_the_decoding_to_come(short):
     model = Case("llama", kv_heads=4).model()
-    short = TaskKV(sinks=4, recent=100, observation_window=8, top=32)
     _, cache, _, reports = run(model, short, torch.randint(1, 97, (1, PROMPT + 200)), 200, ratio=0.5)
     lengths = {len(positions) for positions in cache.kept_positions()[0][0]}
     assert reports[-1].layers[0].heterogeneous

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from tests.tiny_models import new_model
 from thinkkv.sdk import verification
-from thinkkv.sdk.cli.options import POLICY_NAMES
+from thinkkv.sdk.cli.options import POLICY_NAMES, PROFILE_SCORES
 from thinkkv.sdk.policies import POLICIES
 
 PROMPT = "the lamp of the harbour was lit by mira ost. " * 12
@@ -103,6 +103,21 @@ def test_generate_takes_model_profile_and_budget_of_the_newest_patch(thinkkv, ch
     assert done.json["bytes"]["promised"] == prompt_bytes // 2 + appended
     assert set(done.json["seconds"]) == {"prefill", "decode"}
     assert str(checkpoint) in done.err.replace("\n", "")
+
+
+def test_generate_takes_the_newest_profile_for_another_policy_that_it_serves(thinkkv, checkpoint):
+    assert thinkkv("patch", "--model", checkpoint, "--score", "retrieval", "--ratio", "0.5").code == 0
+    call = ("generate", "--prompt", PROMPT, "--max-new-tokens", "5", "--json")
+    done = thinkkv(*call, "--policy", "rehearsed-kv")
+    assert (done.code, done.json["policy"]) == (0, "rehearsed-kv")
+    assert done.json["bytes"]["used"] < done.json["bytes"]["full"]
+    assert thinkkv(*call, "--policy", "snapkv").json["policy"] == "snapkv"
+
+
+def test_rehearsed_kv_is_patched_and_verified(thinkkv, checkpoint):
+    done = thinkkv("patch", "--model", checkpoint, "--policy", "rehearsed-kv", "--ratio", "0.5", "--json")
+    assert (done.code, done.json["policy"], done.json["score"]) == (0, "rehearsed-kv", "retrieval")
+    assert done.json["verified"]["matches_masked_reference"]
 
 
 def test_generate_prints_its_text_and_nothing_else_on_stdout(thinkkv, checkpoint):
@@ -214,3 +229,5 @@ def test_an_alias_that_is_not_here_fails_within_ten_seconds(tmp_path):
 
 def test_policy_names_of_the_command_line_are_the_policies():
     assert tuple(POLICIES) == POLICY_NAMES
+    scores = {name: policy.profile_score for name, policy in POLICIES.items()}
+    assert {name: score for name, score in scores.items() if score} == PROFILE_SCORES

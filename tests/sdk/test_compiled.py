@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from tests.sdk.continuation import SMALL_TASK_KV
+from tests.sdk.continuation import SMALL_REHEARSED_KV, SMALL_TASK_KV
 from tests.tiny_models import Batch, new_model, prompts
 from thinkkv import sdk
 from thinkkv.kernels.arena import Arena
@@ -48,7 +48,13 @@ def step_logits(model: Any, batch: Batch, steps: int, handle: sdk.PatchHandle, t
 
 @pytest.mark.parametrize(
     "policy",
-    [SMALL_TASK_KV, SnapKV(observation_window=4), AdaKV(observation_window=4), KVzip(sinks=2, recent=3)],
+    [
+        SMALL_TASK_KV,
+        SnapKV(observation_window=4),
+        AdaKV(observation_window=4),
+        KVzip(sinks=2, recent=3),
+        SMALL_REHEARSED_KV,
+    ],
     ids=lambda policy: policy.name,
 )
 @pytest.mark.parametrize("variant", ["llama", "qwen2-mixed", "qwen3", "mistral-window"])

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from tests.sdk.continuation import SMALL_TASK_KV
+from tests.sdk.continuation import SMALL_REHEARSED_KV, SMALL_TASK_KV
 from tests.tiny_models import VOCABULARY, new_model, prompts
 from thinkkv import sdk
 from thinkkv.sdk.policies import KVzip, Policy, PyramidKV, SnapKV
@@ -291,8 +291,15 @@ class TestRefused:
 
 @pytest.mark.parametrize(
     "policy",
-    ["streaming-llm", SnapKV(observation_window=4), PyramidKV(observation_window=4), SMALL_TASK_KV, KVzip(2, 3)],
-    ids=["streaming-llm", "snapkv", "pyramidkv", "task-kv", "kvzip"],
+    [
+        "streaming-llm",
+        SnapKV(observation_window=4),
+        PyramidKV(observation_window=4),
+        SMALL_TASK_KV,
+        KVzip(2, 3),
+        SMALL_REHEARSED_KV,
+    ],
+    ids=["streaming-llm", "snapkv", "pyramidkv", "task-kv", "kvzip", "rehearsed-kv"],
 )
 def test_a_compressed_batch_equals_its_sequences_alone(policy: Any) -> None:
     """Padding and neighbours change neither classes nor keep-sets nor tokens."""

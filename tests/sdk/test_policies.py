@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from thinkkv.sdk.policies import (
     KVzip,
     Policy,
     PyramidKV,
+    RehearsedKV,
     RetrievalKV,
     SnapKV,
     StreamingLLM,
@@ -30,7 +31,7 @@ from thinkkv.sdk.policies import (
 )
 
 LAYERS = 4
-NAMES = ("full", "task-kv", "retrieval-kv", "streaming-llm", "snapkv", "pyramidkv", "adakv", "kvzip")
+NAMES = tuple(POLICIES)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,13 @@ def policies(draw: st.DrawFn, name: str, model: Model) -> Policy:
         "pyramidkv": voting | {"beta": draw(st.integers(1, 30))},
         "adakv": voting | {"floor": draw(st.floats(0, 1))},
         "retrieval-kv": voting | ends | {"head_scores": scores, "share": draw(st.floats(0, 1))},
+        "rehearsed-kv": ends
+        | {
+            "head_scores": scores,
+            "even": draw(st.floats(0, 1)),
+            "power": draw(st.floats(0, 20)),
+            "pooling": voting["pooling"],
+        },
         "task-kv": voting
         | ends
         | {
@@ -123,7 +131,7 @@ def must_keep(policy: Policy, tokens: int) -> tuple[int, int]:
         return 0, policy.observation_window
     if isinstance(policy, StreamingLLM):
         return policy.sinks, 1
-    if isinstance(policy, KVzip):
+    if isinstance(policy, (KVzip, RehearsedKV)):
         return policy.sinks, policy.recent
     return tokens, 0
 
@@ -142,7 +150,7 @@ def test_every_plan_is_in_range_in_order_and_within_the_budget(name: str, data: 
         return
     for view, share, plan in plans:
         assert len(plan.kept) == model.kv_heads
-        assert plan.tokens <= share.tokens or policy.rehearses  # such a policy spends a layer's share elsewhere
+        assert plan.tokens <= share.tokens or name == "kvzip"  # it spends a layer's share elsewhere
         sinks, recent = must_keep(policy, view.tokens)
         ends = {*range(min(sinks, view.tokens)), *range(max(0, view.tokens - recent), view.tokens)}
         for kept in (positions.tolist() for positions in plan.kept):
@@ -168,10 +176,16 @@ def test_ratio_one_keeps_everything(name: str, data: st.DataObject) -> None:
     assert all(plan.tokens == view.tokens * model.kv_heads for view, _, plan in plans)
 
 
+def defaults(name: str, model: Model) -> Policy:
+    """The policy as its users have it, with a profile where it needs one."""
+    policy: Any = policy_named(name)
+    return replace(policy, head_scores=model.head_scores()) if policy.profile_score == "retrieval" else policy
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_of_its_ends_alone_is_kept_whole(name: str) -> None:
     probe = Model(kv_heads=2, group=2, windows=(None,) * 2, tokens=1, seed=0)
-    policy = policy_named(name) if name != "retrieval-kv" else RetrievalKV(head_scores=probe.head_scores())
+    policy = defaults(name, probe)
     for tokens in {1, max(1, policy.always_kept)}:
         model = Model(2, 2, (None,) * 2, tokens, seed=0)
         plans = plans_of(policy, Budget(ratio=0.01), model)
@@ -180,10 +194,10 @@ def test_a_prompt_of_its_ends_alone_is_kept_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [49, 128, 272, 273])
-@pytest.mark.parametrize("name", ["task-kv", "retrieval-kv"])
+@pytest.mark.parametrize("name", ["task-kv", "retrieval-kv", "rehearsed-kv", "kvzip"])
 def test_a_quarter_of_a_short_prompt_is_never_too_little(name: str, tokens: int) -> None:
     probe = Model(kv_heads=2, group=2, windows=(None,) * 2, tokens=tokens, seed=0)
-    policy = policy_named(name) if name != "retrieval-kv" else RetrievalKV(head_scores=probe.head_scores())
+    policy = defaults(name, probe)
     plans = plans_of(policy, Budget(ratio=0.25), probe)
     assert plans is not None, "refused"
     whole = [plan.tokens == 2 * tokens for _, _, plan in plans]
@@ -336,6 +350,109 @@ class TestRetrievalKV:
     def test_without_a_profile_it_says_where_to_get_one(self) -> None:
         with pytest.raises(sdk.ProfileMismatchError, match="thinkkv patch --score retrieval"):
             RetrievalKV().layer_budgets(self.prompts(1000), Budget(ratio=0.5))
+
+
+class TestRehearsedKV:
+    """A head's rank says how many tokens it keeps, the rehearsal says which."""
+
+    SCORES = ((1.0, 0.25), (0.5, 0.75))
+
+    def policy(self, **options: Any) -> RehearsedKV:
+        small = {"sinks": 2, "recent": 3, "even": 0.0, "power": 1.0, "pooling": 1}
+        return RehearsedKV(head_scores=self.SCORES, **small | options)
+
+    def plans(self, ratio: float, **options: Any) -> list[tuple[PromptView, LayerBudget, KeepPlan]]:
+        model = Model(kv_heads=2, group=1, windows=(None, None), tokens=100, seed=0)
+        plans = plans_of(self.policy(**options), Budget(ratio=ratio), model)
+        assert plans is not None
+        return plans
+
+    @pytest.mark.parametrize(
+        ("options", "ratio", "expected"),
+        [
+            ({}, 0.5, [(80, 20), (40, 60)]),  # 200 tokens / 2.5
+            ({"power": 0}, 0.5, [(50, 50), (50, 50)]),
+            ({"even": 1}, 0.5, [(50, 50), (50, 50)]),
+            ({"even": 0.5}, 0.5, [(65, 35), (45, 55)]),  # 25 for each, and half of the first line
+            ({"power": 2}, 0.3, [(63, 5), (15, 35)]),  # 3 are below the ends: the others share 115 / 1.8125
+            ({}, 0.8, [(100, 40), (80, 100)]),  # two heads have all, the others share 120 / .75
+        ],
+        ids=["in-proportion", "power-0", "even", "half-even", "floor", "full"],
+    )
+    def test_tokens_of_heads_by_hand(
+        self, options: dict[str, Any], ratio: float, expected: list[tuple[int, ...]]
+    ) -> None:
+        plans = self.plans(ratio, **options)
+        assert [tuple(map(len, plan.kept)) for _, _, plan in plans] == expected
+        assert [share.per_head for _, share, _ in plans] == expected
+
+    @settings(deadline=None)
+    @given(
+        ratio=st.floats(0.1, 0.99),
+        even=st.floats(0, 1),
+        power=st.floats(0, 20),
+        kv_heads=st.integers(1, 5),
+        data=st.data(),
+    )
+    def test_tokens_are_in_proportion_between_their_limits(
+        self, ratio: float, even: float, power: float, kv_heads: int, data: st.DataObject
+    ) -> None:
+        row = st.lists(st.floats(0.01, 1), min_size=kv_heads, max_size=kv_heads)
+        scores = data.draw(st.lists(row, min_size=LAYERS, max_size=LAYERS))
+        policy = RehearsedKV(head_scores=tuple(map(tuple, scores)), even=even, power=power, sinks=1, recent=2)
+        layers = [LayerPrompt(i, kv_heads, 30 + 40 * i) for i in range(LAYERS)]
+        shares = policy.layer_budgets(layers, Budget(ratio=ratio))
+        mean = sum(score**power for row in scores for score in row) / (LAYERS * kv_heads)
+        found = [
+            (even + (1 - even) * score**power / mean, layer.visible, tokens)
+            for row, layer, share in zip(scores, layers, shares, strict=True)
+            for score, tokens in zip(row, share.per_head, strict=True)
+        ]
+        total = sum(layer.tokens for layer in even_layers(layers, Budget(ratio=ratio)))
+        used = sum(tokens for *_, tokens in found)
+        assert used == sum(share.tokens for share in shares) <= total
+        assert all(3 <= tokens <= most for _, most, tokens in found)
+        # There is one unit that gives every head what it has, down to whole tokens and between the limits.
+        reached = max((tokens / weight for weight, _, tokens in found if tokens > 3), default=0)
+        assert all(reached <= (tokens + 1) / weight * (1 + 1e-9) for weight, most, tokens in found if tokens < most)
+        assert used > total - len(found)
+
+    @pytest.mark.parametrize("pooling", [1, 3, 7])
+    def test_tokens_are_what_the_rehearsal_attended_to(self, pooling: int) -> None:
+        for view, share, plan in self.plans(0.5, pooling=pooling):
+            assert view.rehearsed is not None
+            for head, kept in enumerate(plan.kept):
+                row, side = view.rehearsed[head].double().tolist(), pooling // 2
+                means = [sum(row[max(0, i - side) : i + side + 1]) / pooling for i in range(100)]
+                between = sorted(range(2, 97), key=lambda i: -means[i])[: share.per_head[head] - 5]
+                assert kept.tolist() == sorted([0, 1, *between, 97, 98, 99])
+
+    def test_heads_that_keep_everything_are_heterogeneous(self) -> None:
+        assert [plan.heterogeneous for *_, plan in self.plans(0.8)] == [(0,), (1,)]
+        assert [plan.heterogeneous for *_, plan in self.plans(0.5)] == [(), ()]
+
+    @pytest.mark.parametrize("ratio", [1.0, 0.8])
+    def test_of_a_prompt_that_is_kept_whole_they_are_the_best_fifth(self, ratio: float) -> None:
+        scores = ((0.1, 0.2, 0.3, 0.4, 1.0), (0.5, 0.6, 0.7, 0.8, 0.9))
+        model = Model(kv_heads=5, group=1, windows=(None, None), tokens=100 if ratio == 1 else 26, seed=0)
+        plans = plans_of(RehearsedKV(head_scores=scores, sinks=2, recent=3), Budget(ratio=ratio), model)
+        assert plans is not None
+        assert [plan.heterogeneous for *_, plan in plans] == [(4,), (4,)]
+        assert all(plan.tokens == 5 * view.tokens for view, _, plan in plans)
+
+    def test_without_a_profile_it_says_where_to_get_one(self) -> None:
+        with pytest.raises(sdk.ProfileMismatchError, match=r"rehearsed-kv chooses .*`thinkkv patch --score retrieval`"):
+            RehearsedKV().layer_budgets([LayerPrompt(0, 2, 1000)], Budget(ratio=0.5))
+
+    def test_too_small_a_budget_is_told_what_is_enough(self) -> None:
+        compression = Compression(self.policy(), Budget(ratio=0.04), Model(2, 1, (None, None), 100, 0).shapes())
+        with pytest.raises(sdk.BudgetError, match=r"rehearsed-kv needs at least 5 - use --ratio 0\.05 or more"):
+            compression.allocate(100)
+
+    def test_layers_called_without_their_decoder_are_told_so(self) -> None:
+        view = replace(Model(2, 1, (None,), 100, 0).view(0), rehearsed=None)
+        with pytest.raises(sdk.UnsupportedGenerationError, match="rehearsed-kv needs a prompt that was read twice"):
+            self.policy().plan(view, LayerBudget(100, per_head=(50, 50)))
 
 
 @pytest.mark.parametrize("window", [20, 60])

@@ -20,7 +20,7 @@ from thinkkv import sdk
 from thinkkv.patches.architecture import probe
 from thinkkv.patches.registry import architecture_of
 from thinkkv.sdk.head_map import draw_head_map
-from thinkkv.sdk.policies import RetrievalKV, SnapKV, TaskKV
+from thinkkv.sdk.policies import POLICIES, RehearsedKV, RetrievalKV, SnapKV, TaskKV
 from thinkkv.sdk.profile import fingerprint_of
 
 KV_HEADS = 4
@@ -192,7 +192,17 @@ class TestPolicy:
     def test_a_policys_options_are_kept(self, profile: sdk.HeadProfile) -> None:
         assert profile.fix(TaskKV(sinks=5)) == TaskKV(sinks=5, head_scores=profile.scores)
 
-    @pytest.mark.parametrize("policy", [SnapKV(), RetrievalKV()], ids=lambda policy: policy.name)
+    @pytest.mark.parametrize("policy", ["retrieval-kv", "rehearsed-kv"])
+    def test_one_retrieval_profile_serves_every_policy_that_ranks_heads(
+        self, model: Any, profile: sdk.HeadProfile, policy: str
+    ) -> None:
+        ranking = replace(profile, score="retrieval")
+        with sdk.apply(model, profile=ranking, policy=policy, ratio=0.5) as handle:
+            assert handle.policy == POLICIES[policy](head_scores=profile.scores)  # type: ignore[call-arg]
+        with pytest.raises(sdk.ProfileMismatchError, match="for retrieval-kv or rehearsed-kv, not for snapkv"):
+            ranking.fix(SnapKV())
+
+    @pytest.mark.parametrize("policy", [SnapKV(), RetrievalKV(), RehearsedKV()], ids=lambda policy: policy.name)
     def test_another_policy_is_told_which_one_it_is_for(
         self, model: Any, profile: sdk.HeadProfile, policy: Any
     ) -> None:

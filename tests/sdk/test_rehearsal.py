@@ -16,7 +16,7 @@ from thinkkv.patches.errors import BudgetError, UnsupportedGenerationError
 from thinkkv.sdk import rehearsal
 from thinkkv.sdk.cache import HeterogeneousCache
 from thinkkv.sdk.evaluation.prefill import prefill
-from thinkkv.sdk.policies import KVzip, SnapKV
+from thinkkv.sdk.policies import KVzip, RehearsedKV, SnapKV
 from thinkkv.sdk.rehearsal import attend_again
 from thinkkv.sdk.whole_prompt import WholePrompt
 
@@ -115,6 +115,26 @@ class TestCompression:
         }
         assert kept == wanted
         assert len({len(positions) for rows in cache.kept_positions() for positions in rows[0]}) > 2
+
+    def test_rehearsed_kv_keeps_the_best_of_each_head_as_many_as_its_rank_earns(self) -> None:
+        model, ids = tiny_model("llama", 4, torch.float32), prompts([90]).ids
+        ranks = ((0.1, 0.2, 0.3, 0.4), (0.5, 0.6, 0.7, 0.8), (0.9, 1.0, 0.0, 0.2))
+        policy = RehearsedKV(head_scores=ranks, even=0, power=2, pooling=3, sinks=2, recent=3)
+        with sdk.apply(model, policy=policy, ratio=0.4) as handle, torch.inference_mode():
+            model(ids, past_key_values=(cache := handle.new_cache()))
+            report = handle.report(cache)
+        for layer, scores in enumerate(stock_rehearsal(model, ids[0].tolist())):
+            for head, kept in enumerate(cache.kept_positions()[layer][0]):
+                padded = torch.cat([scores.new_zeros(1), scores[head], scores.new_zeros(1)])
+                means = (padded[:-2] + padded[1:-1] + padded[2:])[2:-3]
+                best = (means.argsort(descending=True)[: len(kept) - 5] + 2).tolist()
+                assert kept == sorted([0, 1, *best, 87, 88, 89])
+        lengths = {rank: len(cache.kept_positions()[i][0][j]) for i, r in enumerate(ranks) for j, rank in enumerate(r)}
+        assert [lengths[rank] for rank in sorted(lengths)] == sorted(lengths.values())
+        assert lengths[0.0] == 5
+        assert lengths[1.0] == 90
+        assert report.layers[2].heterogeneous == tuple(h for h in range(4) if lengths[ranks[2][h]] == 90)
+        assert report.bytes.used <= report.bytes.promised
 
     def test_first_logits_are_those_of_the_whole_prompt(self) -> None:
         model, ids = tiny_model("llama", 4, torch.float32), prompts([90]).ids

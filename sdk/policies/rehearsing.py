@@ -1,0 +1,60 @@
+"""What policies share that choose tokens by the attention in a second reading of the prompt (``sdk/rehearsal.py``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from thinkkv.patches.errors import UnsupportedGenerationError
+from thinkkv.sdk.plan import PromptView
+from thinkkv.sdk.policies.policy import Policy
+
+
+@dataclass(frozen=True)
+class Rehearsing(Policy):
+    """A policy whose prompts are read twice; every head keeps both ends of them besides.
+
+    Args:
+        sinks, recent: tokens at both ends that every head keeps.
+    """
+
+    rehearses: ClassVar[bool] = True
+
+    sinks: int = 16
+    recent: int = 32
+
+    @property
+    def smallest(self) -> int:
+        """Both ends."""
+        return self.sinks + self.recent
+
+    @property
+    def always_kept(self) -> int:
+        """With the defaults as short a prompt as Task-KV keeps whole: a few bytes are not worth a second reading."""
+        return self.sinks + 8 * self.recent
+
+    @property
+    def kept_ends(self) -> tuple[int, int]:
+        """Sinks and recent tokens."""
+        return self.sinks, self.recent
+
+    def rehearsed(self, prompt: PromptView) -> torch.Tensor:
+        """[n, N] float32: the most attention that each token got in the second reading.
+
+        Raises:
+            UnsupportedGenerationError: there was none.
+        """
+        if prompt.rehearsed is None:
+            raise UnsupportedGenerationError(
+                f"{self.name} needs a prompt that was read twice - pass it through the model that sdk.apply patched, "
+                "not through its decoder layers"
+            )
+        return prompt.rehearsed
+
+    def with_ends(self, prompt: PromptView, scores: torch.Tensor) -> torch.Tensor:
+        """[n, N] scores that are infinite where a token is kept for certain."""
+        scores = scores.clone()
+        scores[:, : self.sinks] = scores[:, prompt.tokens - self.recent :] = float("inf")
+        return scores
