@@ -19,7 +19,7 @@ Provider = Literal["cpu", "cuda", "webgpu"]
 EXTRA_OPTIONS = (
     "prune_lm_head=true",  # a prompt's logits but the last would take gigabytes: tokens x vocabulary
     "fuse_qk_norm_gqa=false",  # normalised inside the attention node, queries could not be given to another one
-    "fuse_mlp_gate_up=true",  # one product instead of two: the same numbers, 2 to 3 % faster decoding
+    "fuse_mlp_gate_up=true",  # one product instead of two: the same numbers, sooner
 )
 
 
