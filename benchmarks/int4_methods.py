@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import torch
 from environment import save
 from export_equality import text_ids
 from export_speed import build_stock
@@ -71,10 +72,8 @@ def _perplexity(folder: Path, ids: list[int]) -> float:
     empty = np.empty((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
     inputs |= {value.name: empty for value in session.get_inputs() if value.name.startswith("past_key_values.")}
     (logits,) = session.run(["logits"], inputs)
-    logits = logits[0, :-1].astype(np.float64)
-    top = logits.max(axis=-1)
-    losses = np.log(np.exp(logits - top[:, None]).sum(axis=-1)) + top - logits[np.arange(len(ids) - 1), ids[1:]]
-    return round(float(np.exp(losses.mean())), 2)
+    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits[0, :-1]), torch.tensor(ids[1:]))
+    return round(loss.exp().item(), 2)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from thinkkv.sdk.evaluating import evaluating, read
 from thinkkv.sdk.hidden_facts import builtin_prompts, hidden_facts
 from thinkkv.sdk.patching import apply
 from thinkkv.sdk.plan import KeepPlan, PromptView
-from thinkkv.sdk.policies import Policy, RetrievalKV, TaskKV
+from thinkkv.sdk.policies import Policy, TaskKV
+from thinkkv.sdk.policies.ranked_heads import best_heads
 from thinkkv.sdk.policies.task_kv import choose_heads
 from thinkkv.sdk.profile import SCORES, HeadProfile, fingerprint_of
 from thinkkv.sdk.separator import head_distances
@@ -114,7 +115,7 @@ def _profile(
     model: nn.Module, shapes: Sequence[LayerShape], score: str, scores: torch.Tensor, texts: Sequence[str]
 ) -> HeadProfile:
     rows = tuple(tuple(row) for row in scores.tolist())
-    classes = _distance_classes(shapes, scores) if score == "distance" else RetrievalKV(head_scores=rows).best_heads()
+    classes = _distance_classes(shapes, scores) if score == "distance" else best_heads(rows)
     return HeadProfile(
         score=score,
         scores=rows,

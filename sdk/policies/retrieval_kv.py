@@ -60,15 +60,12 @@ class RetrievalKV(SinksMiddleRecent):
                 break
         return [self._layer(layer, each, tuple(sorted(h for at, h in full if at == layer.layer))) for layer in layers]
 
-    def best_heads(self) -> tuple[tuple[int, ...], ...]:
-        """Per layer, its heads among the best ``share`` of the whole model."""
-        return best_heads(self.head_scores, self.share)
-
     def plan(self, prompt: PromptView, budget: LayerBudget) -> KeepPlan:
         """Keep everything in the budget's full heads, sinks + middle + recent in the others."""
         scores = torch.tensor(self.head_scores[prompt.layer])
         if budget.tokens >= prompt.tokens * prompt.kv_heads:
-            return KeepPlan.everything(prompt, heterogeneous=self.best_heads()[prompt.layer], head_scores=scores)
+            full = best_heads(self.head_scores, self.share)[prompt.layer]
+            return KeepPlan.everything(prompt, heterogeneous=full, head_scores=scores)
         others = prompt.kv_heads - len(budget.full_heads)
         each = (budget.tokens - len(budget.full_heads) * prompt.tokens) // others
         split = self.split_of(len(budget.full_heads), each)
