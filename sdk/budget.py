@@ -59,7 +59,7 @@ class LayerBudget:
     Args:
         tokens: B, tokens summed over the layer's KV heads.
         full_heads: KV heads that keep everything, where the policy decides that over all layers at once.
-        per_head: tokens of each KV head, where the policy decides that over all layers at once.
+        per_head: tokens that each KV head has for certain, where the policy decides that over all layers at once.
     """
 
     tokens: int

@@ -20,6 +20,7 @@ class PromptView:
         keys, values: [n, N, D].
         scale: softmax scale.
         rehearsed: [n, N] float32, for a policy that rehearses: the most attention that a token got in the rehearsal.
+        rehearsed_sum: [n, N] float32, likewise: all that it got, summed over the query heads.
     """
 
     layer: int
@@ -29,6 +30,7 @@ class PromptView:
     values: torch.Tensor
     scale: float
     rehearsed: torch.Tensor | None = None
+    rehearsed_sum: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:

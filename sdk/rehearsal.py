@@ -1,4 +1,4 @@
-"""Read a prompt a second time, and note the most attention that each cached token gets: what reading it needs. KVzip.
+"""Read a prompt a second time, and note the attention that each cached token gets: what reading it needs. KVzip.
 
 A model that reads a text again, with the first reading in its cache, looks up nearly every token there before it comes.
 Whatever may be asked later needs the same look-ups, so this tells what to keep without any question (KVzip,
@@ -61,9 +61,11 @@ class HoldingLayer(HeterogeneousLayer):
             raise UnsupportedGenerationError(
                 "the prompt in this cache was not compressed - start a new cache, with the patch in force that made it"
             )
-        out, most = attend_again(self.held, query, keys, values, options["real"], self.shape.window, self.counted_from)
-        before = self.held.rehearsed
-        self.held = replace(self.held, rehearsed=most if before is None else torch.maximum(before, most))
+        held, window = self.held, self.shape.window
+        out, most, total = attend_again(held, query, keys, values, options["real"], window, self.counted_from)
+        if held.rehearsed is not None and held.rehearsed_sum is not None:
+            most, total = torch.maximum(held.rehearsed, most), held.rehearsed_sum + total
+        self.held = replace(held, rehearsed=most, rehearsed_sum=total)
         return out
 
 
@@ -128,7 +130,7 @@ def attend_again(
     real: torch.Tensor | None = None,
     window: int | None = None,
     counted_from: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of tokens that follow held prompts, to these and to one another.
 
     Args:
@@ -141,30 +143,30 @@ def attend_again(
 
     Returns:
         [B, Hq, Q, D], zeros at padding; [B, n, N] float32: the most that any of the counted queries attends to each
-        token of the prompt, 0 at padding.
+        token of the prompt, 0 at padding; and all that they attend to it together.
     """
     group = query.shape[1] // keys.shape[1]
     new = WholePrompt(query, keys, values, prompt.scale, real)
     out = torch.zeros_like(query)
-    most = torch.zeros(prompt.keys.shape[:3], dtype=torch.float32, device=query.device)
+    most, total = torch.zeros(2, *prompt.keys.shape[:3], dtype=torch.float32, device=query.device)
     for sequence, (old, mine) in enumerate(zip(prompt.columns, new.columns, strict=True)):
         for head in range(keys.shape[1]):
             queries = slice(head * group, (head + 1) * group)
             pairs = ((prompt.keys, keys), (prompt.values, values))
             both = [torch.cat([a[sequence, head, old], b[sequence, head, mine]]).float() for a, b in pairs]
             own = query[sequence, queries][:, mine].float()
-            attended, counted = _attend(own, both[0], both[1], prompt.scale, window, counted_from)
+            attended, *noted = _attend(own, both[0], both[1], prompt.scale, window, counted_from)
             out[sequence, queries, mine] = attended.to(out.dtype)
-            most[sequence, head, old] = counted[: prompt.lengths[sequence]]
-    return out, most
+            most[sequence, head, old], total[sequence, head, old] = (n[: prompt.lengths[sequence]] for n in noted)
+    return out, most, total
 
 
 def _attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None, counted_from: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[G, Q, D] attention of the last Q of T tokens, causal, within the window; [T] the most of the counted ones."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[G, Q, D] attention of the last Q of T tokens, causal, within the window; [T] the most and all of the counted."""
     before = len(keys) - query.shape[1]
-    most = torch.zeros(len(keys), device=keys.device)
+    most, total = torch.zeros(2, len(keys), device=keys.device)
     blocks = []
     for start in range(0, query.shape[1], QUERIES):
         block = query[:, start : start + QUERIES]
@@ -181,4 +183,5 @@ def _attend(
         counted = weights[:, max(0, counted_from - start) :]
         if counted.shape[1]:
             most[:seen] = torch.maximum(most[:seen], counted.amax(dim=(0, 1)))
-    return torch.cat(blocks, dim=1) if blocks else query, most
+            total[:seen] += counted.sum(dim=(0, 1))
+    return torch.cat(blocks, dim=1) if blocks else query, most, total

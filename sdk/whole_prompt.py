@@ -21,6 +21,7 @@ class WholePrompt:
         scale: softmax scale.
         real: [B, N] bool, False at padding; None where there is none.
         rehearsed: [B, n, N] float32, the most attention that each token got in a rehearsal.
+        rehearsed_sum: [B, n, N] float32, all of it together.
     """
 
     query: torch.Tensor
@@ -29,6 +30,7 @@ class WholePrompt:
     scale: float
     real: torch.Tensor | None = None
     rehearsed: torch.Tensor | None = None
+    rehearsed_sum: torch.Tensor | None = None
 
     @cached_property
     def columns(self) -> list[slice | torch.Tensor]:
@@ -50,5 +52,5 @@ class WholePrompt:
             return tensor[sequence, :, self.columns[sequence]][:, first:]
 
         query = own(self.query) if self.query.shape[2] else self.query[sequence]
-        rehearsed = None if self.rehearsed is None else own(self.rehearsed)
-        return PromptView(layer, layers, query, own(self.keys), own(self.values), self.scale, rehearsed)
+        noted = (None if scores is None else own(scores) for scores in (self.rehearsed, self.rehearsed_sum))
+        return PromptView(layer, layers, query, own(self.keys), own(self.values), self.scale, *noted)

@@ -1,9 +1,10 @@
-"""Rehearsed-KV: a head's rank says how many tokens it keeps, a second reading says which. Ours, not a paper's.
+"""Rehearsed-KV: most tokens by the rank of their head, the rest by what a second reading uses. Ours, not a paper's.
 
-``retrieval-kv`` makes a few heads full and all others poor alike, and loses what takes many heads. ``kvzip`` compares
-tokens of all heads by attention alone, though some heads look sharply at what no answer needs. Here the ranking of a
-profile (``thinkkv patch --score retrieval``, ``sdk/elimination.py``) spreads the tokens over the heads, and each head
-keeps what the second reading (``sdk/rehearsal.py``) looks up in it.
+A number is found by a few heads, at tokens that one query looks up sharply; prose and counts need many heads, and
+tokens that many queries look at a little. ``retrieval-kv`` serves the first alone, ``kvzip`` compares all tokens by
+their sharpest look-up. Here the ranking of a profile (``thinkkv patch --score retrieval``, ``sdk/elimination.py``)
+spreads most of the tokens over the heads, for what the second reading (``sdk/rehearsal.py``) looks up most sharply
+there; the rest is one ranking of all other tokens in all heads, by all the attention that they get.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers, everything
-from thinkkv.sdk.plan import KeepPlan, PromptView, best, pool
+from thinkkv.sdk.plan import KeepPlan, PromptView, pool
 from thinkkv.sdk.policies.ranked_heads import HeadScores, best_heads, check_ranking
 from thinkkv.sdk.policies.rehearsing import Rehearsing
 
@@ -26,13 +27,13 @@ BISECTIONS = 64
 
 @dataclass(frozen=True)
 class RehearsedKV(Rehearsing):
-    """A head's share of the tokens grows with its rank; it keeps those attended to most in a rehearsal.
+    """A head's share grows with its rank, for tokens looked up sharply; the rest is for those looked at most in all.
 
     Args:
         head_scores: [layers][KV heads] places in the order of elimination, above 0 and up to 1; from a profile.
-        even: share of the budget that all heads have alike.
-        power: of a head's score, in proportion to which it has of the rest.
-        pooling: width of the average over neighbouring attention before tokens are chosen.
+        by_rank: share of the budget that heads have by their rank, each for the tokens of its most attention.
+        power: of a head's score, in proportion to which it has of that share.
+        pooling: width of the average over neighbouring attention before these tokens are chosen.
         sinks, recent: tokens at both ends that every head keeps, its floor.
     """
 
@@ -40,7 +41,7 @@ class RehearsedKV(Rehearsing):
     profile_score: ClassVar[str] = "retrieval"
 
     head_scores: HeadScores = ()
-    even: float = 0.3
+    by_rank: float = 0.7
     power: float = 12.0
     pooling: int = 7
 
@@ -50,33 +51,71 @@ class RehearsedKV(Rehearsing):
         return self.pooling
 
     def layer_budgets(self, layers: Sequence[LayerPrompt], budget: Budget) -> list[LayerBudget]:
-        """Every head's tokens, from its rank among all heads of the model."""
+        """Even layers, which the plan may depart from, and what every head has by its rank among all of the model."""
         check_ranking(self.name, self.head_scores)
-        total = sum(layer.tokens for layer in even_layers(layers, budget))
+        even = even_layers(layers, budget)
+        total = sum(layer.tokens for layer in even)
         heads = [(layer, head) for layer in layers for head in range(layer.kv_heads)]
         if total >= sum(layer.visible for layer, _ in heads):
             return everything(layers)
-        earned = [self.head_scores[layer.layer][head] ** self.power for layer, head in heads]
-        mean = sum(earned) / len(earned) or 1.0
-        weights = [self.even + (1 - self.even) * one / mean for one in earned]
-        shares = iter(in_proportion(weights, [layer.visible for layer, _ in heads], self.smallest, total))
-        per_head = [tuple(next(shares) for _ in range(layer.kv_heads)) for layer in layers]
-        return [LayerBudget(sum(tokens), per_head=tokens) for tokens in per_head]
+        weights = [self.head_scores[layer.layer][head] ** self.power for layer, head in heads]
+        ranked = max(math.floor(self.by_rank * total), self.smallest * len(heads))
+        shares = iter(in_proportion(weights, [layer.visible for layer, _ in heads], self.smallest, ranked))
+        return [
+            LayerBudget(mine.tokens, per_head=tuple(next(shares) for _ in range(layer.kv_heads)))
+            for layer, mine in zip(layers, even, strict=True)
+        ]
 
     def plan(self, prompt: PromptView, budget: LayerBudget) -> KeepPlan:
-        """Each head's tokens that were attended to most, both ends among them."""
-        ranks = torch.tensor(self.head_scores[prompt.layer])
+        """As if the model had this layer only."""
+        return self.plan_model([prompt], [budget])[0]
+
+    def plan_model(self, prompts: Sequence[PromptView], budgets: Sequence[LayerBudget]) -> list[KeepPlan]:
+        """What the heads keep by rank, and the best of all other tokens of all layers together."""
+        by_rank = [self._by_rank(prompt, budget) for prompt, budget in zip(prompts, budgets, strict=True)]
+        rest = [self._rest(prompt, mine) for prompt, mine in zip(prompts, by_rank, strict=True)]
+        kept = torch.cat([mine.flatten() for mine in by_rank])
+        ranked = torch.cat([layer.flatten() for layer in rest])
+        left = sum(budget.tokens for budget in budgets) - int(kept.sum())
+        kept[ranked.topk(min(max(0, left), int((~kept).sum()))).indices] = True
+        parts = kept.split([mine.numel() for mine in by_rank])
+        return [
+            self._keep(prompt, budget, part.view_as(mine))
+            for prompt, budget, part, mine in zip(prompts, budgets, parts, by_rank, strict=True)
+        ]
+
+    def _by_rank(self, prompt: PromptView, budget: LayerBudget) -> torch.Tensor:
+        """[n, N] bool: each head's tokens that one query looked up most sharply, both ends among them."""
+        kept = torch.ones(prompt.keys.shape[:2], dtype=torch.bool, device=prompt.keys.device)
         if not budget.per_head:
-            # Nothing to evict, but bounded decoding must know which heads may grow all the same.
-            full = best_heads(self.head_scores)[prompt.layer]
-            return KeepPlan.everything(prompt, heterogeneous=full, head_scores=ranks)
-        scores = self.with_ends(prompt, pool(self.rehearsed(prompt), self.pooling))
-        kept = (best(row[None], tokens)[0] for row, tokens in zip(scores, budget.per_head, strict=True))
+            return kept
+        scores = self.with_ends(prompt, pool(self.rehearsed(prompt) * value_norms(prompt), self.pooling))
+        for mine, row, tokens in zip(kept, scores, budget.per_head, strict=True):
+            mine[row.argsort(descending=True)[tokens:]] = False
+        return kept
+
+    def _rest(self, prompt: PromptView, kept: torch.Tensor) -> torch.Tensor:
+        """[n, N] float32: how much all queries together took from each token; -1 where it is kept already."""
+        if kept.all():
+            return torch.full(kept.shape, -1.0, device=kept.device)
+        taken = self.rehearsed_sum(prompt) * value_norms(prompt)
+        # The more a head takes from everywhere, the less it misses one token; by the whole sum, all heads were alike.
+        middle = taken[:, self.sinks : prompt.tokens - self.recent].sum(dim=1, keepdim=True)
+        return (taken / middle.sqrt().clamp(min=torch.finfo(taken.dtype).tiny)).masked_fill(kept, -1)
+
+    def _keep(self, prompt: PromptView, budget: LayerBudget, kept: torch.Tensor) -> KeepPlan:
+        whole = tuple(kept.all(dim=1).nonzero()[:, 0].tolist())
         return KeepPlan(
-            kept=tuple(positions.sort().values for positions in kept),
-            heterogeneous=tuple(h for h, tokens in enumerate(budget.per_head) if tokens == prompt.tokens),
-            head_scores=ranks,
+            kept=tuple(row.nonzero()[:, 0] for row in kept),
+            # Where there is nothing to evict, bounded decoding must know which heads may grow all the same.
+            heterogeneous=whole if budget.per_head else best_heads(self.head_scores)[prompt.layer],
+            head_scores=torch.tensor(self.head_scores[prompt.layer]),
         )
+
+
+def value_norms(prompt: PromptView) -> torch.Tensor:
+    """[n, N] float32: length of each token's value, since attention to a short one changes little."""
+    return prompt.values.float().norm(dim=-1)
 
 
 def in_proportion(weights: Sequence[float], most: Sequence[int], least: int, total: int) -> list[int]:

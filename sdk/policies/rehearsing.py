@@ -46,15 +46,26 @@ class Rehearsing(Policy):
         Raises:
             UnsupportedGenerationError: there was none.
         """
-        if prompt.rehearsed is None:
-            raise UnsupportedGenerationError(
-                f"{self.name} needs a prompt that was read twice - pass it through the model that sdk.apply patched, "
-                "not through its decoder layers"
-            )
-        return prompt.rehearsed
+        return self._noted(prompt.rehearsed)
+
+    def rehearsed_sum(self, prompt: PromptView) -> torch.Tensor:
+        """[n, N] float32: all attention that each token got in the second reading.
+
+        Raises:
+            UnsupportedGenerationError: there was none.
+        """
+        return self._noted(prompt.rehearsed_sum)
 
     def with_ends(self, prompt: PromptView, scores: torch.Tensor) -> torch.Tensor:
         """[n, N] scores that are infinite where a token is kept for certain."""
         scores = scores.clone()
         scores[:, : self.sinks] = scores[:, prompt.tokens - self.recent :] = float("inf")
+        return scores
+
+    def _noted(self, scores: torch.Tensor | None) -> torch.Tensor:
+        if scores is None:
+            raise UnsupportedGenerationError(
+                f"{self.name} needs a prompt that was read twice - pass it through the model that sdk.apply patched, "
+                "not through its decoder layers"
+            )
         return scores

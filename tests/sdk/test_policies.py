@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.sdk.planning import LAYERS, Model, plans_of
 from thinkkv import sdk
-from thinkkv.patches.architecture import LayerShape
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
 from thinkkv.sdk.compression import Compression
-from thinkkv.sdk.plan import KeepPlan, PromptView
+from thinkkv.sdk.plan import PromptView
 from thinkkv.sdk.policies import (
     POLICIES,
     AdaKV,
@@ -30,34 +30,7 @@ from thinkkv.sdk.policies import (
     policy_named,
 )
 
-LAYERS = 4
 NAMES = tuple(POLICIES)
-
-
-@dataclass(frozen=True)
-class Model:
-    """Geometry of a model and what it sees of a prompt."""
-
-    kv_heads: int
-    group: int
-    windows: tuple[int | None, ...]
-    tokens: int
-    seed: int
-
-    def shapes(self) -> tuple[LayerShape, ...]:
-        return tuple(LayerShape(self.kv_heads * self.group, self.kv_heads, 4, window) for window in self.windows)
-
-    def view(self, layer: int) -> PromptView:
-        generator = torch.Generator().manual_seed(self.seed + layer)
-        visible = self.shapes()[layer].visible(self.tokens)
-        keys, values = torch.randn(2, self.kv_heads, visible, 4, generator=generator)
-        queries = 3 * torch.randn(self.kv_heads * self.group, visible, 4, generator=generator)
-        rehearsed = torch.rand(self.kv_heads, visible, generator=generator)
-        return PromptView(layer, len(self.windows), queries, keys, values, scale=0.5, rehearsed=rehearsed)
-
-    def head_scores(self) -> tuple[tuple[float, ...], ...]:
-        generator = torch.Generator().manual_seed(self.seed)
-        return tuple(tuple(row) for row in torch.rand(len(self.windows), self.kv_heads, generator=generator).tolist())
 
 
 @st.composite
@@ -89,7 +62,7 @@ def policies(draw: st.DrawFn, name: str, model: Model) -> Policy:
         "rehearsed-kv": ends
         | {
             "head_scores": scores,
-            "even": draw(st.floats(0, 1)),
+            "by_rank": draw(st.floats(0, 1)),
             "power": draw(st.floats(0, 20)),
             "pooling": voting["pooling"],
         },
@@ -110,17 +83,6 @@ budgets = st.one_of(
     st.builds(Budget, ratio=st.floats(0.01, 1.0)),
     st.builds(Budget, tokens=st.integers(1, 150)),
 )
-
-
-def plans_of(policy: Policy, budget: Budget, model: Model) -> list[tuple[PromptView, LayerBudget, KeepPlan]] | None:
-    """The plan of every layer, or None where the budget was refused."""
-    compression = Compression(policy, budget, model.shapes())
-    try:
-        shares = compression.allocate(model.tokens)
-    except sdk.BudgetError:
-        return None
-    views = [model.view(layer) for layer in range(len(model.windows))]
-    return list(zip(views, shares, policy.plan_model(views, shares), strict=True))
 
 
 def must_keep(policy: Policy, tokens: int) -> tuple[int, int]:
@@ -150,7 +112,7 @@ def test_every_plan_is_in_range_in_order_and_within_the_budget(name: str, data: 
         return
     for view, share, plan in plans:
         assert len(plan.kept) == model.kv_heads
-        assert plan.tokens <= share.tokens or name == "kvzip"  # it spends a layer's share elsewhere
+        assert plan.tokens <= share.tokens or policy.rehearses  # such a policy may spend a layer's share elsewhere
         sinks, recent = must_keep(policy, view.tokens)
         ends = {*range(min(sinks, view.tokens)), *range(max(0, view.tokens - recent), view.tokens)}
         for kept in (positions.tolist() for positions in plan.kept):
@@ -350,109 +312,6 @@ class TestRetrievalKV:
     def test_without_a_profile_it_says_where_to_get_one(self) -> None:
         with pytest.raises(sdk.ProfileMismatchError, match="thinkkv patch --score retrieval"):
             RetrievalKV().layer_budgets(self.prompts(1000), Budget(ratio=0.5))
-
-
-class TestRehearsedKV:
-    """A head's rank says how many tokens it keeps, the rehearsal says which."""
-
-    SCORES = ((1.0, 0.25), (0.5, 0.75))
-
-    def policy(self, **options: Any) -> RehearsedKV:
-        small = {"sinks": 2, "recent": 3, "even": 0.0, "power": 1.0, "pooling": 1}
-        return RehearsedKV(head_scores=self.SCORES, **small | options)
-
-    def plans(self, ratio: float, **options: Any) -> list[tuple[PromptView, LayerBudget, KeepPlan]]:
-        model = Model(kv_heads=2, group=1, windows=(None, None), tokens=100, seed=0)
-        plans = plans_of(self.policy(**options), Budget(ratio=ratio), model)
-        assert plans is not None
-        return plans
-
-    @pytest.mark.parametrize(
-        ("options", "ratio", "expected"),
-        [
-            ({}, 0.5, [(80, 20), (40, 60)]),  # 200 tokens / 2.5
-            ({"power": 0}, 0.5, [(50, 50), (50, 50)]),
-            ({"even": 1}, 0.5, [(50, 50), (50, 50)]),
-            ({"even": 0.5}, 0.5, [(65, 35), (45, 55)]),  # 25 for each, and half of the first line
-            ({"power": 2}, 0.3, [(63, 5), (15, 35)]),  # 3 are below the ends: the others share 115 / 1.8125
-            ({}, 0.8, [(100, 40), (80, 100)]),  # two heads have all, the others share 120 / .75
-        ],
-        ids=["in-proportion", "power-0", "even", "half-even", "floor", "full"],
-    )
-    def test_tokens_of_heads_by_hand(
-        self, options: dict[str, Any], ratio: float, expected: list[tuple[int, ...]]
-    ) -> None:
-        plans = self.plans(ratio, **options)
-        assert [tuple(map(len, plan.kept)) for _, _, plan in plans] == expected
-        assert [share.per_head for _, share, _ in plans] == expected
-
-    @settings(deadline=None)
-    @given(
-        ratio=st.floats(0.1, 0.99),
-        even=st.floats(0, 1),
-        power=st.floats(0, 20),
-        kv_heads=st.integers(1, 5),
-        data=st.data(),
-    )
-    def test_tokens_are_in_proportion_between_their_limits(
-        self, ratio: float, even: float, power: float, kv_heads: int, data: st.DataObject
-    ) -> None:
-        row = st.lists(st.floats(0.01, 1), min_size=kv_heads, max_size=kv_heads)
-        scores = data.draw(st.lists(row, min_size=LAYERS, max_size=LAYERS))
-        policy = RehearsedKV(head_scores=tuple(map(tuple, scores)), even=even, power=power, sinks=1, recent=2)
-        layers = [LayerPrompt(i, kv_heads, 30 + 40 * i) for i in range(LAYERS)]
-        shares = policy.layer_budgets(layers, Budget(ratio=ratio))
-        mean = sum(score**power for row in scores for score in row) / (LAYERS * kv_heads)
-        found = [
-            (even + (1 - even) * score**power / mean, layer.visible, tokens)
-            for row, layer, share in zip(scores, layers, shares, strict=True)
-            for score, tokens in zip(row, share.per_head, strict=True)
-        ]
-        total = sum(layer.tokens for layer in even_layers(layers, Budget(ratio=ratio)))
-        used = sum(tokens for *_, tokens in found)
-        assert used == sum(share.tokens for share in shares) <= total
-        assert all(3 <= tokens <= most for _, most, tokens in found)
-        # There is one unit that gives every head what it has, down to whole tokens and between the limits.
-        reached = max((tokens / weight for weight, _, tokens in found if tokens > 3), default=0)
-        assert all(reached <= (tokens + 1) / weight * (1 + 1e-9) for weight, most, tokens in found if tokens < most)
-        assert used > total - len(found)
-
-    @pytest.mark.parametrize("pooling", [1, 3, 7])
-    def test_tokens_are_what_the_rehearsal_attended_to(self, pooling: int) -> None:
-        for view, share, plan in self.plans(0.5, pooling=pooling):
-            assert view.rehearsed is not None
-            for head, kept in enumerate(plan.kept):
-                row, side = view.rehearsed[head].double().tolist(), pooling // 2
-                means = [sum(row[max(0, i - side) : i + side + 1]) / pooling for i in range(100)]
-                between = sorted(range(2, 97), key=lambda i: -means[i])[: share.per_head[head] - 5]
-                assert kept.tolist() == sorted([0, 1, *between, 97, 98, 99])
-
-    def test_heads_that_keep_everything_are_heterogeneous(self) -> None:
-        assert [plan.heterogeneous for *_, plan in self.plans(0.8)] == [(0,), (1,)]
-        assert [plan.heterogeneous for *_, plan in self.plans(0.5)] == [(), ()]
-
-    @pytest.mark.parametrize("ratio", [1.0, 0.8])
-    def test_of_a_prompt_that_is_kept_whole_they_are_the_best_fifth(self, ratio: float) -> None:
-        scores = ((0.1, 0.2, 0.3, 0.4, 1.0), (0.5, 0.6, 0.7, 0.8, 0.9))
-        model = Model(kv_heads=5, group=1, windows=(None, None), tokens=100 if ratio == 1 else 26, seed=0)
-        plans = plans_of(RehearsedKV(head_scores=scores, sinks=2, recent=3), Budget(ratio=ratio), model)
-        assert plans is not None
-        assert [plan.heterogeneous for *_, plan in plans] == [(4,), (4,)]
-        assert all(plan.tokens == 5 * view.tokens for view, _, plan in plans)
-
-    def test_without_a_profile_it_says_where_to_get_one(self) -> None:
-        with pytest.raises(sdk.ProfileMismatchError, match=r"rehearsed-kv chooses .*`thinkkv patch --score retrieval`"):
-            RehearsedKV().layer_budgets([LayerPrompt(0, 2, 1000)], Budget(ratio=0.5))
-
-    def test_too_small_a_budget_is_told_what_is_enough(self) -> None:
-        compression = Compression(self.policy(), Budget(ratio=0.04), Model(2, 1, (None, None), 100, 0).shapes())
-        with pytest.raises(sdk.BudgetError, match=r"rehearsed-kv needs at least 5 - use --ratio 0\.05 or more"):
-            compression.allocate(100)
-
-    def test_layers_called_without_their_decoder_are_told_so(self) -> None:
-        view = replace(Model(2, 1, (None,), 100, 0).view(0), rehearsed=None)
-        with pytest.raises(sdk.UnsupportedGenerationError, match="rehearsed-kv needs a prompt that was read twice"):
-            self.policy().plan(view, LayerBudget(100, per_head=(50, 50)))
 
 
 @pytest.mark.parametrize("window", [20, 60])

@@ -32,33 +32,33 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rehearsed(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Per layer the scores of a batch, [B, n, N]."""
+    """Per layer the most and all attention of a batch, [2, B, n, N]."""
     with sdk.apply(model, policy=SMALL, ratio=0.5) as handle:
-        found = [prompt.rehearsed for prompt in prefill(model, rows, [handle.compression]).layers]
-    assert all(scores is not None for scores in found)
-    return found  # type: ignore[return-value]
+        found = prefill(model, rows, [handle.compression]).layers
+    return [torch.stack([prompt.rehearsed, prompt.rehearsed_sum]) for prompt in found]  # type: ignore[list-item]
 
 
 def stock_rehearsal(model: Any, ids: list[int]) -> list[torch.Tensor]:
     """The same of one prompt by the stock model in float64: the text, then a part of it once more, for every part."""
     heads = model.config.num_key_value_heads
-    most = [torch.zeros(heads, len(ids), dtype=torch.float64) for _ in model.model.layers]
+    noted = [torch.zeros(2, heads, len(ids), dtype=torch.float64) for _ in model.model.layers]
     for start in range(0, len(ids), CHUNK):
         again = max(0, start - LEAD_IN)
         part = ids[again : start + CHUNK]
         for layer, (attention, _) in enumerate(stock_attention(model, ids + part)):
-            own = attention[:, len(ids) + start - again :, : len(ids)].unflatten(0, (heads, -1)).amax(dim=(1, 2))
-            most[layer] = torch.maximum(most[layer], own)
-    return most
+            own = attention[:, len(ids) + start - again :, : len(ids)].unflatten(0, (heads, -1))
+            most, total = noted[layer]
+            noted[layer] = torch.stack([torch.maximum(most, own.amax(dim=(1, 2))), total + own.sum(dim=(1, 2))])
+    return noted
 
 
 class TestScores:
     @pytest.mark.parametrize("kv_heads", [8, 2, 1])
     @pytest.mark.parametrize("variant", sorted(VARIANTS))
-    def test_they_are_the_most_attention_that_the_stock_model_pays(self, variant: str, kv_heads: int) -> None:
+    def test_they_are_the_most_and_all_attention_that_the_stock_model_pays(self, variant: str, kv_heads: int) -> None:
         model, ids = tiny_model(variant, kv_heads, torch.float32), prompts([63], label=variant).ids[0].tolist()
         for found, expected in zip(rehearsed(model, [ids]), stock_rehearsal(model, ids), strict=True):
-            torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found[:, 0].double(), expected, rtol=1e-4, atol=1e-6)
 
     def test_a_padded_row_is_scored_as_if_it_were_alone(self) -> None:
         model = tiny_model("qwen3-mixed", 2, torch.float32)
@@ -66,8 +66,8 @@ class TestScores:
         together = rehearsed(model, rows)
         for i, row in enumerate(rows):
             for found, alone in zip(together, rehearsed(model, [row]), strict=True):
-                torch.testing.assert_close(found[i, :, -len(row) :], alone[0], rtol=1e-4, atol=1e-6)
-                assert not found[i, :, : -len(row)].any()
+                torch.testing.assert_close(found[:, i, :, -len(row) :], alone[:, 0], rtol=1e-4, atol=1e-6)
+                assert not found[:, i, :, : -len(row)].any()
 
     @given(data=st.data())
     def test_attention_equals_masked_attention_in_float64(self, data: st.DataObject) -> None:
@@ -78,10 +78,12 @@ class TestScores:
         keys, values = torch.randn(2, 2, heads, old + new, 4)
         real_old, real_new = (torch.rand(2, length) < 0.8 for length in (old, new))
         held = WholePrompt(query, keys[:, :, :old], values[:, :, :old], 0.5, real_old)
-        out, most = attend_again(held, query, keys[:, :, old:], values[:, :, old:], real_new, window, counted_from)
+        out, most, total = attend_again(
+            held, query, keys[:, :, old:], values[:, :, old:], real_new, window, counted_from
+        )
         real = torch.cat([real_old, real_new], dim=1)
         position = real.cumsum(dim=1)
-        expected = torch.zeros_like(most)
+        expected, expected_sum = torch.zeros_like(most), torch.zeros_like(total)
         for b in range(2):
             age = position[b, old:, None] - position[b]
             seen = (age >= 0) & (age < (window or 1000)) & real[b] & real_new[b, :, None]
@@ -91,15 +93,17 @@ class TestScores:
                 weights = logits.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0)
                 attended = weights @ values[b, head // group].double()
                 torch.testing.assert_close(out[b, head].double(), attended, rtol=1e-4, atol=1e-5)
-                own = (weights * counted[:, None])[:, :old].amax(dim=0).float()
-                expected[b, head // group] = torch.maximum(expected[b, head // group], own)
+                own = (weights * counted[:, None])[:, :old].float()
+                expected[b, head // group] = torch.maximum(expected[b, head // group], own.amax(dim=0))
+                expected_sum[b, head // group] += own.sum(dim=0)
         torch.testing.assert_close(most, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(total, expected_sum, rtol=1e-4, atol=1e-5)
 
 
 class TestCompression:
     def test_the_best_tokens_of_all_layers_are_kept(self) -> None:
         model, ids = tiny_model("llama", 4, torch.float32), prompts([90]).ids
-        scores = torch.stack(rehearsed(model, [ids[0].tolist()]))[:, 0]
+        scores = torch.stack(rehearsed(model, [ids[0].tolist()]))[:, 0, 0]
         scores[..., :2] = scores[..., -3:] = 2
         with sdk.apply(model, policy=SMALL, ratio=0.25) as handle:
             cache = handle.new_cache()
@@ -119,21 +123,27 @@ class TestCompression:
     def test_rehearsed_kv_keeps_the_best_of_each_head_as_many_as_its_rank_earns(self) -> None:
         model, ids = tiny_model("llama", 4, torch.float32), prompts([90]).ids
         ranks = ((0.1, 0.2, 0.3, 0.4), (0.5, 0.6, 0.7, 0.8), (0.9, 1.0, 0.0, 0.2))
-        policy = RehearsedKV(head_scores=ranks, even=0, power=2, pooling=3, sinks=2, recent=3)
+        policy = RehearsedKV(head_scores=ranks, by_rank=1, power=2, pooling=3, sinks=2, recent=3)
         with sdk.apply(model, policy=policy, ratio=0.4) as handle, torch.inference_mode():
             model(ids, past_key_values=(cache := handle.new_cache()))
             report = handle.report(cache)
-        for layer, scores in enumerate(stock_rehearsal(model, ids[0].tolist())):
+            values = [
+                layer.values[0].double() for layer in prefill(model, [ids[0].tolist()], [handle.compression]).layers
+            ]
+            earned = [share.per_head for share in handle.compression.allocate(90)]
+        for layer, ((most, _), value) in enumerate(zip(stock_rehearsal(model, ids[0].tolist()), values, strict=True)):
             for head, kept in enumerate(cache.kept_positions()[layer][0]):
-                padded = torch.cat([scores.new_zeros(1), scores[head], scores.new_zeros(1)])
+                padded = torch.nn.functional.pad(most[head] * value[head].norm(dim=-1), (1, 1))
                 means = (padded[:-2] + padded[1:-1] + padded[2:])[2:-3]
-                best = (means.argsort(descending=True)[: len(kept) - 5] + 2).tolist()
-                assert kept == sorted([0, 1, *best, 87, 88, 89])
-        lengths = {rank: len(cache.kept_positions()[i][0][j]) for i, r in enumerate(ranks) for j, rank in enumerate(r)}
+                best = (means.argsort(descending=True)[: earned[layer][head] - 5] + 2).tolist()
+                assert {0, 1, *best, 87, 88, 89} <= set(kept)
+        lengths = {rank: earned[i][j] for i, r in enumerate(ranks) for j, rank in enumerate(r)}
         assert [lengths[rank] for rank in sorted(lengths)] == sorted(lengths.values())
         assert lengths[0.0] == 5
         assert lengths[1.0] == 90
-        assert report.layers[2].heterogeneous == tuple(h for h in range(4) if lengths[ranks[2][h]] == 90)
+        kept = [[len(positions) for positions in rows[0]] for rows in cache.kept_positions()]
+        assert report.layers[2].heterogeneous == tuple(head for head in range(4) if kept[2][head] == 90)
+        assert sum(map(sum, kept)) == 3 * int(0.4 * 90 * 4)
         assert report.bytes.used <= report.bytes.promised
 
     def test_first_logits_are_those_of_the_whole_prompt(self) -> None:
