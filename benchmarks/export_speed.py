@@ -5,6 +5,7 @@
 
 All settings of one context stand ready at once, each in a process of its own, so that peak memory is its own. They
 prefill in turn and then decode in turn, a few tokens at a time, so that a machine that slows down slows all of them.
+A process whose turn it is not is stopped: the threads of an idle runtime spin, and take half of the others' speed.
 What was measured stands in FOLDER/measured.jsonl and is not measured again: an interrupted run goes on.
 
 The ONNX bundles hold the same int4 weights: ours, the stock export as its documentation has it, and the stock export
@@ -19,6 +20,7 @@ import copy
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -68,15 +70,19 @@ class Worker:
         raise SystemExit(f"{self.setting} failed; run benchmarks/export_runtimes.py for it to see why")
 
     def ask(self, request: str) -> Any:
-        """The answer to a request."""
+        """The answer to a request; the process runs no longer than that."""
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(request + "\n")
         self._process.stdin.flush()
-        return self.answer()
+        answer = self.answer()
+        self._process.send_signal(signal.SIGSTOP)
+        return answer
 
     def end(self) -> None:
         """Let the process go."""
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.close()
         self._process.wait()
 

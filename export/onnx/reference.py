@@ -1,4 +1,4 @@
-"""``ai.thinkkv::TaskKVAttention`` in numpy, for ``onnx.reference``: what the graph must compute, in plain steps."""
+"""The operators of ``ai.thinkkv`` in numpy, for ``onnx.reference``: what the graph must compute, in plain steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from onnx.reference.op_run import OpRun
 
-from thinkkv.export.onnx.operator import DOMAIN
+from thinkkv.export.onnx.domain import DOMAIN
 
 Array = np.ndarray[Any, Any]
 
@@ -25,9 +25,10 @@ class TaskKVAttention(OpRun):
         past_key: Array,
         past_value: Array,
         position_ids: Array,
-        last_slot: Array,
+        held: Array,
         slots_in_use: Array,
-        write_slot: Array,
+        last_slot: Array,
+        appends: Array,
         cos_cache: Array,
         sin_cache: Array,
         num_heads: int,
@@ -35,40 +36,65 @@ class TaskKVAttention(OpRun):
         scale: float,
         sinks: int,
         middle: int,
+        stride: int,
         observation_window: int,
         pooling: list[int],
     ) -> tuple[Array, Array, Array]:
-        capacity = past_key.shape[2]
-        positions = position_ids[0]
+        positions, past, used = position_ids[0], int(held[0]), int(slots_in_use[0])
         queries = _rotated(_by_head(query, num_heads), positions, cos_cache, sin_cache)
         keys = _rotated(_by_head(key, kv_num_heads), positions, cos_cache, sin_cache)
-        values = _by_head(value, kv_num_heads)
-        ring = max(capacity - sinks - middle, 1)
-
-        if len(positions) == 1:
-            present_key, present_value = past_key[0].copy(), past_value[0].copy()
-            slot = int(write_slot[0])
-            present_key[:, slot], present_value[:, slot] = keys[:, 0], values[:, 0]
-            used = int(slots_in_use)
-            output = _attention(queries, present_key[:, :used], present_value[:, :used], scale)
-            return _flat(output, query.dtype), present_key[None], present_value[None]
-
-        past = int(positions[0])
-        order = _oldest_first(past, capacity, sinks + middle, ring)
-        keys = np.concatenate([past_key[0][:, order], keys], axis=1)
-        values = np.concatenate([past_value[0][:, order], values], axis=1)
-        output = _attention(queries, keys, values, scale)
-        entries = keys.shape[1]
+        keys = np.concatenate([past_key[0][:, :past], keys], axis=1)
+        values = np.concatenate([past_value[0][:, :past], _by_head(value, kv_num_heads)], axis=1)
+        entries, fixed = keys.shape[1], sinks + middle
         present_key, present_value = past_key[0].copy(), past_value[0].copy()
-        if entries <= capacity:
-            present_key[:, :entries], present_value[:, :entries] = keys, values
+        everything = np.arange(entries)
+        if entries == used:
+            chosen = np.tile(everything, (kv_num_heads, 1))
+        elif len(positions) == 1:
+            chosen = np.tile(np.delete(everything, slice(fixed, fixed + stride)), (kv_num_heads, 1))
         else:
             scores = _window_scores(queries[:, -observation_window:], keys, scale)
-            seen = past + len(positions)
-            for head, row in enumerate(scores):
-                chosen = _chosen(row, entries, seen, sinks, middle, ring, pooling[0])
-                present_key[head], present_value[head] = keys[head, chosen], values[head, chosen]
+            chosen = np.stack([_chosen(row, sinks, middle, used - fixed, pooling[0]) for row in scores])
+        for head, row in enumerate(chosen):
+            present_key[head, :used], present_value[head, :used] = keys[head, row], values[head, row]
+        if len(positions) == 1:  # what goes is gone before this token attends, what a prompt loses only after it
+            keys, values = present_key[:, :used], present_value[:, :used]
+        output = _attention(queries, keys, values, scale)
         return _flat(output, query.dtype), present_key[None], present_value[None]
+
+
+class FullKVAttention(OpRun):
+    """The operator; its inputs and attributes are those of docs/onnx-operator.md."""
+
+    op_domain = DOMAIN
+
+    def _run(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        past_key: Array,
+        past_value: Array,
+        seqlens_k: Array,
+        total_sequence_length: Array,
+        position_ids: Array,
+        write_slot: Array,
+        mask: Array,
+        by_products: Array,
+        cos_cache: Array,
+        sin_cache: Array,
+        num_heads: int,
+        kv_num_heads: int,
+        scale: float,
+    ) -> tuple[Array, Array, Array]:
+        positions, total = position_ids[0], int(total_sequence_length)
+        queries = _rotated(_by_head(query, num_heads), positions, cos_cache, sin_cache)
+        keys = _rotated(_by_head(key, kv_num_heads), positions, cos_cache, sin_cache)
+        present_key, present_value = past_key.copy(), past_value.copy()
+        new = slice(total - len(positions), total)
+        present_key[0, :, new], present_value[0, :, new] = keys, _by_head(value, kv_num_heads)
+        output = _attention(queries, present_key[0, :, :total], present_value[0, :, :total], scale)
+        return _flat(output, query.dtype), present_key, present_value
 
 
 def _by_head(packed: Array, heads: int) -> Array:
@@ -103,13 +129,6 @@ def _softmax(logits: Array) -> Array:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def _oldest_first(past: int, capacity: int, fixed: int, ring: int) -> Array:
-    """Slots in the order of their tokens: the ring begins with its oldest."""
-    if past <= capacity:
-        return np.arange(past)
-    return np.concatenate([np.arange(fixed), fixed + (past - fixed + np.arange(ring)) % ring])
-
-
 def _window_scores(queries: Array, keys: Array, scale: float) -> Array:
     """[h, T]: mean attention of the last queries, averaged over each group."""
     group, window, entries = len(queries) // len(keys), queries.shape[1], keys.shape[1]
@@ -119,13 +138,10 @@ def _window_scores(queries: Array, keys: Array, scale: float) -> Array:
     return weights.reshape(len(keys), group, entries).mean(1)
 
 
-def _chosen(scores: Array, entries: int, seen: int, sinks: int, middle: int, ring: int, pooling: int) -> Array:
-    """Entries of one head in the order of the slots that they go to."""
-    between = np.pad(scores[sinks : entries - ring], pooling // 2)
+def _chosen(scores: Array, sinks: int, middle: int, recent: int, pooling: int) -> Array:
+    """Entries that one head keeps, ascending."""
+    entries = np.arange(len(scores))
+    between = np.pad(scores[sinks : len(scores) - recent], pooling // 2)
     pooled = np.convolve(between, np.full(pooling, 1 / pooling), mode="valid")
     best = np.sort(np.argsort(-pooled, kind="stable")[:middle]) + sinks
-    recent = np.empty(ring, dtype=np.int64)
-    for entry in range(entries - ring, entries):
-        position = seen - (entries - entry)
-        recent[(position - sinks - middle) % ring] = entry
-    return np.concatenate([np.arange(sinks), best, recent])
+    return np.concatenate([entries[:sinks], best, entries[len(scores) - recent :]])

@@ -1,8 +1,9 @@
 """Turn the dense model's graph into one with two caches a layer: full heads, and bounded ones.
 
 Every ``GroupQueryAttention`` of the stock builder becomes one over the full heads, which writes in place as before, and
-one ``ai.thinkkv::TaskKVAttention`` over the others. Baking has put the full heads first, so that the projections only
-need to be split. onnxruntime-genai numbers caches, not layers: the full ones come first, then the bounded ones.
+one ``ai.thinkkv::TaskKVAttention`` over the others. On a CPU the latter serves both groups of a layer, because each
+branch costs time. Baking has put the full heads first, so that the projections only need to be split.
+onnxruntime-genai numbers caches, not layers: the full ones come first, then the bounded ones.
 """
 
 from __future__ import annotations
@@ -16,10 +17,19 @@ import onnx
 from onnx import helper, numpy_helper
 
 from thinkkv.export.block import LayerClasses
-from thinkkv.export.onnx.cursor import OUTPUTS as CURSOR
-from thinkkv.export.onnx.cursor import cursor_node, task_kv_cursor
-from thinkkv.export.onnx.operator import DOMAIN, OPSETS, VERSION, HeadGroup, task_kv_attention, task_kv_node
+from thinkkv.export.onnx.cursor import (
+    FULL_KV_OUTPUTS,
+    TASK_KV_OUTPUTS,
+    full_kv_cursor,
+    full_kv_cursor_node,
+    task_kv_cursor,
+    task_kv_cursor_node,
+)
+from thinkkv.export.onnx.domain import DOMAIN, OPSETS, VERSION, HeadGroup
+from thinkkv.export.onnx.full_kv_attention import full_kv_attention, full_kv_node
 from thinkkv.export.onnx.slots import Slots
+from thinkkv.export.onnx.task_kv_attention import NAME as TASK_KV_ATTENTION
+from thinkkv.export.onnx.task_kv_attention import task_kv_attention, task_kv_node
 from thinkkv.patches.errors import ExportError
 
 ATTENTION = "GroupQueryAttention"
@@ -54,13 +64,14 @@ class Caches:
         return [number for number in self.bounded if number is not None]
 
 
-def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots | None) -> Caches:
+def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots | None, *, on_cpu: bool) -> Caches:
     """Give a dense graph its two caches, in place.
 
     Args:
         model: what the stock builder made of the baked checkpoint; its weights may stay outside.
         layers: classes per layer.
         slots: what the bounded heads keep; None where every head is full.
+        on_cpu: the graph is for a CPU.
 
     Raises:
         ExportError: the builder's graph is not as expected.
@@ -72,7 +83,7 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots
             f"the built graph has {len(attention)} {ATTENTION} nodes for {len(layers)} layers - "
             "use a version of onnxruntime-genai that docs/export.md lists"
         )
-    writer = _Writer(model, caches, slots)
+    writer = _Writer(model, caches, slots, by_products=on_cpu and slots is not None)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.op_type == ATTENTION:
@@ -81,9 +92,12 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots
             nodes.append(node)
     bounded = caches.bounded_numbers
     if bounded and slots is not None:
-        names = tuple(map(_cursor_name, CURSOR))
-        nodes.insert(0, cursor_node(DOMAIN, _past(bounded[0], "key"), names, slots))
-        model.functions.extend([task_kv_cursor(), task_kv_attention()])
+        used = {node.overload for node in nodes if node.domain == DOMAIN and node.op_type == TASK_KV_ATTENTION}
+        model.functions.extend([task_kv_cursor(), *(task_kv_attention(overload) for overload in sorted({"", *used}))])
+        if on_cpu and bounded[0]:  # there are full caches before it
+            nodes.insert(0, _full_kv_cursor())
+            model.functions.extend([full_kv_cursor(), full_kv_attention()])
+        nodes.insert(0, _task_kv_cursor(slots))
         _declare_one_sequence(graph)
     del graph.node[:]
     graph.node.extend(nodes)
@@ -95,8 +109,8 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots
 class _Writer:
     """Writes the attention of one layer after the other, and the graph's cache inputs and outputs."""
 
-    def __init__(self, model: onnx.ModelProto, caches: Caches, slots: Slots | None) -> None:
-        self._graph, self._caches, self._slots = model.graph, caches, slots
+    def __init__(self, model: onnx.ModelProto, caches: Caches, slots: Slots | None, *, by_products: bool) -> None:
+        self._graph, self._caches, self._slots, self._by_products = model.graph, caches, slots, by_products
         first = next(value for value in model.graph.input if value.name == _past(0, "key"))
         self._type = first.type.tensor_type.elem_type
         self.inputs: dict[int, list[onnx.ValueInfoProto]] = {}
@@ -107,27 +121,23 @@ class _Writer:
         index = int(node.input[3].split(".")[1])
         layer, attributes = layers[index], {a.name: helper.get_attribute_value(a) for a in node.attribute}
         _check_stock(node, attributes)
-        full, others = layer.full, layer.kv_heads - layer.full
-        if not others:
-            self._full_cache(node, index, layer, full)
-            return [node]
-        prefix = f"/thinkkv/layers.{index}"
+        prefix, output = f"/thinkkv/layers.{index}", node.output[0]
+        if not layer.full:
+            return [self._bounded(node, index, layer, node.input[:3], output)]
+        if layer.full == layer.kv_heads and not self._by_products:
+            return [self._stock(node, index, layer, node.input[:3], output)]
         splits, parts = self._split(prefix, node, layer)
-        outputs, nodes = [], list(splits)
-        if full:
-            stock = onnx.NodeProto()
-            stock.CopyFrom(node)
-            stock.input[:3] = parts[0]
-            stock.output[0] = f"{prefix}/full"
-            _set_attributes(stock, num_heads=full * layer.query_heads // layer.kv_heads, kv_num_heads=full)
-            self._full_cache(stock, index, layer, full)
-            nodes.append(stock)
-            outputs.append(stock.output[0])
-        outputs.append(f"{prefix}/bounded" if full else node.output[0])
-        nodes.append(self._bounded(prefix, outputs[-1], parts[-1], index, layer, attributes["scale"], list(node.input)))
-        if full:
-            nodes.append(helper.make_node("Concat", outputs, [node.output[0]], name=f"{prefix}/heads", axis=-1))
-        return nodes
+        if layer.full == layer.kv_heads:
+            return [*splits, self._products(node, index, layer, parts[0], output)]
+        if self._by_products:
+            return [*splits, self._both(node, index, layer, parts, output)]
+        outputs = [f"{prefix}/full", f"{prefix}/bounded"]
+        return [
+            *splits,
+            self._stock(node, index, layer, parts[0], outputs[0]),
+            self._bounded(node, index, layer, parts[1], outputs[1]),
+            helper.make_node("Concat", outputs, [output], name=f"{prefix}/heads", axis=-1),
+        ]
 
     def _split(
         self, prefix: str, node: onnx.NodeProto, layer: LayerClasses
@@ -154,46 +164,92 @@ class _Writer:
         self._graph.initializer.append(numpy_helper.from_array(np.array(widths, dtype=np.int64), sizes))
         return helper.make_node("Split", [source, sizes], outputs, name=name, axis=-1)
 
-    def _full_cache(self, node: onnx.NodeProto, index: int, layer: LayerClasses, heads: int) -> None:
-        number = self._caches.full[index]
-        assert number is not None
-        node.input[3:5] = [_past(number, "key"), _past(number, "value")]
-        node.output[1:3] = [_present(number, "key"), _present(number, "value")]
-        self._declare(number, heads, layer.head_dim, ("past_sequence_length", "total_sequence_length"), "batch_size")
-
-    def _bounded(
-        self,
-        prefix: str,
-        output: str,
-        parts: list[str],
-        index: int,
-        layer: LayerClasses,
-        scale: float,
-        stock: list[str],
+    def _stock(
+        self, node: onnx.NodeProto, index: int, layer: LayerClasses, parts: Sequence[str], output: str
     ) -> onnx.NodeProto:
-        number = self._caches.bounded[index]
-        assert number is not None
-        assert self._slots is not None
-        heads = layer.kv_heads - layer.full
-        self._declare(number, heads, layer.head_dim, ("slots", "slots"), 1)
-        group = HeadGroup(heads * layer.query_heads // layer.kv_heads, heads, layer.head_dim, scale)
-        cursor = map(_cursor_name, CURSOR)
-        return task_kv_node(
-            f"{prefix}/attention",
-            [*parts, _past(number, "key"), _past(number, "value"), *cursor, stock[7], stock[8]],
-            [output, _present(number, "key"), _present(number, "value")],
-            heads=group,
-            slots=self._slots,
+        """The stock node over the full heads."""
+        stock, heads = onnx.NodeProto(), self._group(node, layer, layer.full)
+        stock.CopyFrom(node)
+        past, present = self._full_cache(index, layer)
+        stock.input[:5], stock.output[:] = [*parts, *past], [output, *present]
+        _set_attributes(stock, num_heads=heads.query_heads, kv_num_heads=heads.kv_heads)
+        return stock
+
+    def _products(
+        self, node: onnx.NodeProto, index: int, layer: LayerClasses, parts: Sequence[str], output: str
+    ) -> onnx.NodeProto:
+        """FullKVAttention, where all heads are full."""
+        past, present = self._full_cache(index, layer)
+        cursor = map(_cursor_name, ("position_ids", *FULL_KV_OUTPUTS[:-1]))
+        return full_kv_node(
+            f"/thinkkv/layers.{index}/attention",
+            [*parts, *past, *node.input[5:7], *cursor, *node.input[7:9]],
+            [output, *present],
+            heads=self._group(node, layer, layer.full),
         )
 
-    def _declare(self, number: int, heads: int, dim: int, lengths: tuple[str, str], batch: int | str) -> None:
-        for kind in ("key", "value"):
-            for table, name, length in (
-                (self.inputs, _past(number, kind), lengths[0]),
-                (self.outputs, _present(number, kind), lengths[1]),
-            ):
-                value = helper.make_tensor_value_info(name, self._type, [batch, heads, length, dim])
-                table.setdefault(number, []).append(value)
+    def _bounded(
+        self, node: onnx.NodeProto, index: int, layer: LayerClasses, parts: Sequence[str], output: str
+    ) -> onnx.NodeProto:
+        """TaskKVAttention over the heads that are not full."""
+        inputs, outputs = self._bounded_values(node, index, layer)
+        return task_kv_node(
+            f"/thinkkv/layers.{index}/attention",
+            [*filter(None, parts), *inputs],
+            [output, *outputs],
+            heads=self._group(node, layer, layer.kv_heads - layer.full),
+            slots=self._kept,
+            packed=not parts[1],
+        )
+
+    def _both(
+        self, node: onnx.NodeProto, index: int, layer: LayerClasses, parts: list[list[str]], output: str
+    ) -> onnx.NodeProto:
+        """TaskKVAttention over the full heads and the others."""
+        inputs, outputs = self._bounded_values(node, index, layer)
+        past, present = self._full_cache(index, layer)
+        cursor = map(_cursor_name, FULL_KV_OUTPUTS)
+        return task_kv_node(
+            f"/thinkkv/layers.{index}/attention",
+            [*parts[1], *inputs, *parts[0], *past, *node.input[5:7], *cursor],
+            [output, *outputs, *present],
+            heads=self._group(node, layer, layer.kv_heads - layer.full),
+            slots=self._kept,
+            full=self._group(node, layer, layer.full),
+        )
+
+    def _bounded_values(self, node: onnx.NodeProto, index: int, layer: LayerClasses) -> tuple[list[str], list[str]]:
+        """TaskKVAttention's inputs from the cache on, and its outputs for it."""
+        number = self._caches.bounded[index]
+        assert number is not None
+        heads = layer.kv_heads - layer.full
+        past, present = self._declare(number, heads, layer.head_dim, ("slots", "slots"), 1)
+        return [*past, *map(_cursor_name, TASK_KV_OUTPUTS), *node.input[7:9]], present
+
+    @property
+    def _kept(self) -> Slots:
+        assert self._slots is not None
+        return self._slots
+
+    def _group(self, node: onnx.NodeProto, layer: LayerClasses, kv_heads: int) -> HeadGroup:
+        scale = helper.get_node_attr_value(node, "scale")
+        return HeadGroup(kv_heads * layer.query_heads // layer.kv_heads, kv_heads, layer.head_dim, scale)
+
+    def _full_cache(self, index: int, layer: LayerClasses) -> tuple[list[str], list[str]]:
+        number = self._caches.full[index]
+        assert number is not None
+        lengths = ("past_sequence_length", "total_sequence_length")
+        return self._declare(number, layer.full, layer.head_dim, lengths, "batch_size")
+
+    def _declare(
+        self, number: int, kv_heads: int, dim: int, lengths: tuple[str, str], batch: int | str
+    ) -> tuple[list[str], list[str]]:
+        """Declare a cache; the names of its keys and values, past and present."""
+        past, present = ([name(number, kind) for kind in ("key", "value")] for name in (_past, _present))
+        for table, names, length in ((self.inputs, past, lengths[0]), (self.outputs, present, lengths[1])):
+            shape = [batch, kv_heads, length, dim]
+            table[number] = [helper.make_tensor_value_info(name, self._type, shape) for name in names]
+        return past, present
 
 
 def _past(number: int, kind: str) -> str:
@@ -206,6 +262,17 @@ def _present(number: int, kind: str) -> str:
 
 def _cursor_name(name: str) -> str:
     return f"/thinkkv/{name}"
+
+
+def _task_kv_cursor(slots: Slots) -> onnx.NodeProto:
+    names = [_cursor_name(name) for name in TASK_KV_OUTPUTS]
+    return task_kv_cursor_node(names, capacity=slots.capacity, stride=slots.stride)
+
+
+def _full_kv_cursor() -> onnx.NodeProto:
+    return full_kv_cursor_node(
+        _past(0, "key"), _cursor_name("appends"), [_cursor_name(name) for name in FULL_KV_OUTPUTS]
+    )
 
 
 def _check_stock(node: onnx.NodeProto, attributes: dict[str, Any]) -> None:

@@ -76,7 +76,8 @@ class Conversation:
             bounded = length == "slots"
             shape = (1, heads, min(slots, max_length) if bounded else max_length, dim)
             dtype = np.float16 if value.type == "tensor(float16)" else np.float32
-            buffer = runtime.OrtValue.ortvalue_from_shape_and_type(shape, dtype)
+            # Zeros: a full cache is read beyond the tokens that it holds, with a weight of nothing.
+            buffer = runtime.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
             self._buffers.append((buffer, bounded))
             self._binding.bind_ortvalue_input(value.name, buffer)
             # The same memory as output: the graph writes the new token into it and copies nothing.

@@ -1,12 +1,12 @@
 """The same keep rule in PyTorch: the yardstick for what a bundle generates.
 
-``sdk.apply`` compacts the prompt as ever, with a policy whose full heads and lengths are the bundle's; before every
-new token the oldest recent one is dropped, where the graph overwrites its slot.
+``sdk.apply`` compacts the prompt as ever, with a policy whose full heads and lengths are the bundle's; where the next
+token would find no room the oldest recent ones are dropped before, as the graph does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -25,13 +25,13 @@ class FixedSlots(SinksMiddleRecent):
     """A bundle's rule as a policy.
 
     Args:
-        middle: tokens chosen between sinks and recent ones.
+        slots: what the other heads keep; their options of the same names follow from it.
         full: per layer, how many of the first KV heads keep everything.
     """
 
     name: ClassVar[str] = "fixed-slots"
 
-    middle: int = 0
+    slots: Slots = field(kw_only=True)
     full: tuple[int, ...] = ()
 
     @classmethod
@@ -39,17 +39,17 @@ class FixedSlots(SinksMiddleRecent):
         """The policy of a bundle."""
         return cls(
             sinks=slots.sinks,
-            middle=slots.middle,
             recent=slots.recent,
             observation_window=slots.observation_window,
             pooling=slots.pooling,
+            slots=slots,
             full=tuple(layer.full for layer in layers),
         )
 
     @property
     def always_kept(self) -> int:
         """A prompt that fits the slots."""
-        return self.sinks + self.middle + self.recent
+        return self.slots.capacity
 
     def plan(self, prompt: PromptView, budget: LayerBudget) -> KeepPlan:
         """The first heads keep everything, the others their slots."""
@@ -57,7 +57,8 @@ class FixedSlots(SinksMiddleRecent):
         if prompt.tokens <= self.always_kept:
             return KeepPlan.everything(prompt, heterogeneous=full)
         scores = prompt.per_kv_head(prompt.window_scores(self.observation_window))
-        split = Split(len(full), self.sinks, self.middle, self.recent)
+        recent = self.slots.in_use(prompt.tokens) - self.slots.fixed
+        split = Split(len(full), self.sinks, self.slots.middle, recent)
         return KeepPlan(kept=self.keep(prompt, full, split, scores), heterogeneous=full)
 
 
@@ -98,10 +99,9 @@ def _continue(model: Any, ids: list[int], new: int, cache: Any, slots: Slots | N
 
 
 def _make_room(cache: HeterogeneousCache, slots: Slots) -> None:
-    """Drop the oldest token of every ring that the next token would overflow: it is overwritten before attention."""
+    """Drop the oldest recent tokens of every bounded head whose slots are full: they go before the next attention."""
     for store in (layer.store for layer in cache.layers if layer.store):
         for group in store.groups:
-            over = group.length + 1 - slots.capacity
-            if group.limit is not None and over > 0:
-                kept = torch.cat([torch.arange(slots.fixed), torch.arange(slots.fixed + over, group.length)])
-                store.keep(group, kept.expand(len(group.index), -1))
+            if group.limit is not None and group.length >= slots.capacity:
+                later = torch.arange(slots.fixed + slots.stride, group.length)
+                store.keep(group, torch.cat([torch.arange(slots.fixed), later]).expand(len(group.index), -1))

@@ -47,7 +47,7 @@ def write_onnx(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.checkpoint.") as checkpoint:
         write_checkpoint(baked, Path(checkpoint))
         build_dense(Path(checkpoint), folder, quantize=quantize, provider=provider, options=builder_options)
-    bounded = _rewrite_graph(folder / GRAPH_FILE, baked.block, slots)
+    bounded = _rewrite_graph(folder / GRAPH_FILE, baked.block, slots, on_cpu=provider == "cpu")
     _adapt_genai(folder / GENAI_FILE, slots, bounded, GENAI_SLACK if provider == "cpu" else 0)
     runtime = {
         "quantize": quantize,
@@ -63,13 +63,13 @@ def slots_of(block: Block) -> Slots | None:
     return Slots.of(block) if any(layer.full < layer.kv_heads for layer in block.layers) else None
 
 
-def _rewrite_graph(path: Path, block: Block, slots: Slots | None) -> list[int]:
+def _rewrite_graph(path: Path, block: Block, slots: Slots | None, *, on_cpu: bool) -> list[int]:
     import onnx  # part of the export extra
 
     from thinkkv.export.onnx.rewrite import rewrite
 
     model = onnx.load(path, load_external_data=False)  # the weights stay where they are, in the data file
-    caches = rewrite(model, block.layers, slots)
+    caches = rewrite(model, block.layers, slots, on_cpu=on_cpu)
     onnx.save(model, path)
     return caches.bounded_numbers
 

@@ -17,6 +17,7 @@ import torch
 from tests.export.baking import profile_of
 from tests.tiny_models import VOCABULARY, new_model, prompts
 from thinkkv.export.bake import Baked, bake
+from thinkkv.export.onnx import cursor
 from thinkkv.export.onnx.generate import generate_bundle
 from thinkkv.export.onnx.session import Session
 from thinkkv.export.onnx.slots import Slots
@@ -134,6 +135,18 @@ def test_tokens_equal_pytorch(make: Make, case: str) -> None:
         assert genai_tokens(bundle, [prompt(tokens)], 60, 400) == expected  # room for more: other buffers
 
 
+@pytest.mark.parametrize("case", [("llama3", 4, SMALL, 0.6), ("qwen3", 4, RETRIEVAL, 0.7)])
+def test_tokens_equal_pytorch_where_matrix_products_serve(
+    make: Make, case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cursor, "LONG", 16)  # tiny models know no long texts
+    bundle = make(*case)
+    for tokens in PROMPTS:
+        expected = bundle.torch_tokens(prompt(tokens), 60)
+        assert runtime_tokens(bundle, prompt(tokens), 60) == expected
+        assert genai_tokens(bundle, [prompt(tokens)], 60, 2 * tokens + 60) == expected  # begins to serve on the way
+
+
 def test_the_cases_are_what_they_say(make: Make) -> None:
     full = {case: [layer.full for layer in make(*CASES[case]).baked.block.layers] for case in CASES}
     assert full["qwen2, none full"] == full["llama, one KV head"] == [0, 0, 0]
@@ -229,6 +242,14 @@ def test_the_runtime_refuses_a_batch_by_the_name_of_its_input(make: Make) -> Non
     parameters.set_search_options(max_length=100, batch_size=2)
     with pytest.raises(Exception, match=r"input_ids .*\n.* Got: 2 Expected: 1"):
         onnxruntime_genai.Generator(model, parameters).append_tokens(np.array([prompt(9), prompt(9)], dtype=np.int32))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bundles_carry_the_operators_that_they_use(make: Make, case: str) -> None:
+    model = onnx.load(make(*CASES[case]).folder / "model.onnx", load_external_data=False)
+    defined = {(function.domain, function.name, function.overload) for function in model.functions}
+    used = {(node.domain, node.op_type, node.overload) for node in model.graph.node if node.domain == "ai.thinkkv"}
+    assert used <= defined
 
 
 def test_gate_and_up_projections_are_one_product(make: Make) -> None:

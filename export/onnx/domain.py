@@ -1,0 +1,31 @@
+"""The operator domain ``ai.thinkkv``: what its functions have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+DOMAIN = "ai.thinkkv"
+VERSION = 1
+OPSETS = {"": 24, "com.microsoft": 1}
+"""Opsets of the bodies: 24 brings TensorScatter, which writes in place where past and present share a buffer."""
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Heads of one layer that are cached alike.
+
+    Args:
+        query_heads, kv_heads, head_dim: counts and size.
+        scale: softmax scale.
+    """
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """As the operators take them."""
+        return {"num_heads": self.query_heads, "kv_num_heads": self.kv_heads, "scale": self.scale}

@@ -1,0 +1,75 @@
+"""Models of one node of ``ai.thinkkv``, run by ONNX Runtime and by the numpy reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from thinkkv.export.onnx.cursor import full_kv_cursor, task_kv_cursor
+from thinkkv.export.onnx.domain import DOMAIN, OPSETS, VERSION
+from thinkkv.export.onnx.full_kv_attention import full_kv_attention
+from thinkkv.export.onnx.reference import FullKVAttention, TaskKVAttention
+from thinkkv.export.onnx.task_kv_attention import PACKED, WITH_FULL, task_kv_attention
+
+DIM = 16
+Feeds = Mapping[str, Any]
+
+_FUNCTIONS = (
+    task_kv_cursor,
+    full_kv_cursor,
+    full_kv_attention,
+    task_kv_attention,
+    lambda: task_kv_attention(PACKED),
+    lambda: task_kv_attention(WITH_FULL),
+)
+
+
+def rotary(length: int) -> dict[str, Any]:
+    """Cosines and sines for so many positions."""
+    angle = np.arange(length)[:, None] / 100 ** (np.arange(DIM // 2) / (DIM // 2))
+    return {"cos_cache": np.cos(angle).astype(np.float32), "sin_cache": np.sin(angle).astype(np.float32)}
+
+
+def one_node(node: onnx.NodeProto, feeds: Feeds, outputs: Mapping[str, int]) -> onnx.ModelProto:
+    """A model of it, its inputs like ``feeds``; outputs by their TensorProto type."""
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim)
+        for name, array in feeds.items()
+    ]
+    results = [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()]
+    opsets = [helper.make_opsetid(domain, version) for domain, version in (*OPSETS.items(), (DOMAIN, VERSION))]
+    graph = helper.make_graph([node], "one_node", inputs, results)
+    functions = [function() for function in _FUNCTIONS]
+    return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=11)
+
+
+def floats(names: Sequence[str]) -> dict[str, int]:
+    """Outputs of floats."""
+    return dict.fromkeys(names, TensorProto.FLOAT)
+
+
+def runtime_of(model: onnx.ModelProto) -> Any:
+    """The model in ONNX Runtime, by its definitions."""
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def oracle_of(model: onnx.ModelProto) -> ReferenceEvaluator:
+    """The model in numpy."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.functions[:]
+    return ReferenceEvaluator(bare, new_ops=[TaskKVAttention, FullKVAttention])
+
+
+def assert_equal(found: Sequence[Any], expected: Sequence[Any], used: Sequence[int]) -> None:
+    """Outputs are equal, caches (in pairs) as far as they are used."""
+    lengths = [None, *(length for length in used for _ in "kv")]
+    for mine, its, length in zip(found, expected, lengths, strict=True):
+        part = (slice(None),) * 2 + (slice(length),) if length is not None else ()
+        np.testing.assert_allclose(mine[part], its[part], rtol=1e-4, atol=2e-5)

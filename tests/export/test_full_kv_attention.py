@@ -1,0 +1,96 @@
+"""FullKVAttention: matrix products over the whole buffer give what attention to its used part gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto
+
+from tests.export.operators import DIM, assert_equal, floats, one_node, oracle_of, rotary, runtime_of
+from thinkkv.export.onnx.cursor import FULL_KV_OUTPUTS, full_kv_cursor_node
+from thinkkv.export.onnx.domain import HeadGroup
+from thinkkv.export.onnx.full_kv_attention import INPUTS, full_kv_node
+
+OUTPUTS = ("output", "present_key", "present_value")
+
+
+def feeds_of(heads: HeadGroup, past: int, new: int, length: int, *, by_products: bool, seed: int) -> dict[str, Any]:
+    draw, total = np.random.default_rng(seed), past + new
+
+    def states(count: int) -> Any:
+        return draw.standard_normal((1, new, count * heads.head_dim), dtype=np.float32)
+
+    # What was never written is large, but finite as a runtime's buffers are: a weight of nothing leaves nothing of it.
+    cache = np.full((2, 1, heads.kv_heads, length, DIM), 1e6, np.float32)
+    cache[..., :past, :] = draw.standard_normal(cache[..., :past, :].shape)
+    feeds = {
+        "query": 3 * states(heads.query_heads),
+        "key": states(heads.kv_heads),
+        "value": states(heads.kv_heads),
+        "past_key": cache[0],
+        "past_value": cache[1],
+        "seqlens_k": np.array([total - 1], np.int32),
+        "total_sequence_length": np.array(total, np.int32),
+        "position_ids": np.arange(past, total)[None],
+        "write_slot": np.array([total - 1]),
+        "mask": np.where(np.arange(length) < total, 0, -3e38).astype(np.float32),
+        "by_products": np.array(by_products),
+    }
+    return feeds | rotary(length)
+
+
+def compare(heads: HeadGroup, feeds: dict[str, Any]) -> None:
+    model = one_node(full_kv_node("attention", INPUTS, OUTPUTS, heads=heads), feeds, floats(OUTPUTS))
+    total = int(feeds["total_sequence_length"])
+    assert_equal(runtime_of(model).run(None, feeds), oracle_of(model).run(None, feeds), [total])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 5),
+    past=st.integers(0, 70),
+    spare=st.integers(0, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_products_equal_the_reference(kv_heads: int, group: int, past: int, spare: int, seed: int) -> None:
+    heads = HeadGroup(kv_heads * group, kv_heads, DIM, 0.3)
+    compare(heads, feeds_of(heads, past, 1, past + 1 + spare, by_products=True, seed=seed))
+
+
+@pytest.mark.parametrize(("past", "new"), [(0, 1), (0, 9), (20, 1), (20, 7)])
+def test_everything_else_equals_the_reference(past: int, new: int) -> None:
+    heads = HeadGroup(6, 2, DIM, 0.3)
+    compare(heads, feeds_of(heads, past, new, 40, by_products=False, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("past", "new", "length", "expected"),
+    [
+        (1999, 1, 2000, True),  # a full buffer
+        (1023, 1, 2048, True),  # just long enough, half of the buffer
+        (1022, 1, 2044, False),  # too few tokens
+        (1998, 1, 4000, False),  # less than half of the buffer
+        (0, 2000, 2000, False),  # a prompt
+    ],
+)
+@pytest.mark.parametrize("appends", [True, False])
+def test_when_the_products_serve(past: int, new: int, length: int, expected: bool, appends: bool) -> None:
+    feeds = {
+        "input_ids": np.ones((1, new), np.int64),
+        "attention_mask": np.ones((1, past + new), np.int64),
+        "past_key": np.zeros((1, 1, length, 2), np.float32),
+        "appends": np.array([appends]),
+    }
+    kinds = (TensorProto.INT64, TensorProto.FLOAT, TensorProto.BOOL, TensorProto.BOOL)
+    node = full_kv_cursor_node("past_key", "appends", FULL_KV_OUTPUTS)
+    session = runtime_of(one_node(node, feeds, dict(zip(FULL_KV_OUTPUTS, kinds, strict=True))))
+    write_slot, mask, by_products, stock = session.run(None, feeds)
+    assert write_slot.tolist() == [past + new - 1]
+    assert (mask == 0).tolist() == [slot < past + new for slot in range(length)]
+    assert bool(by_products) is expected
+    assert stock.tolist() == [appends and not expected]
