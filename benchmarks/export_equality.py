@@ -41,12 +41,14 @@ def main() -> None:
     """Export, compare, write rows."""
     arguments = _arguments()
     model, tokenizer = sdk.load(arguments.model, dtype="float32")
+    given, score = arguments.profile, score_for(arguments.policy)
+    profile = sdk.HeadProfile.load(given) if given else sdk.calibrate(model, tokenizer, score=score)
     baked = bake(
         model,
         tokenizer,
         policy=policy_named(arguments.policy),
         budget=Budget(ratio=arguments.ratio),
-        profile=sdk.calibrate(model, tokenizer, score=score_for(arguments.policy)),
+        profile=profile,
         label=arguments.model,
     )
     ids = text_ids(tokenizer)
@@ -157,6 +159,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--policy", choices=tuple(SCORES.values()), default="retrieval-kv")
+    parser.add_argument("--profile", type=Path, help="head profile; without it one is calibrated")
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--prompts", type=numbers, default=[500, 1200, 2500, 4500, 6000], help="lengths in tokens")
     parser.add_argument("--new", type=int, default=200)

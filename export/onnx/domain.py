@@ -26,6 +26,11 @@ class HeadGroup:
     scale: float
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """Heads of the queries, keys and values."""
+        return self.query_heads, self.kv_heads, self.kv_heads
+
+    @property
     def attributes(self) -> dict[str, Any]:
         """As the operators take them."""
         return {"num_heads": self.query_heads, "kv_num_heads": self.kv_heads, "scale": self.scale}
