@@ -79,11 +79,10 @@ def _torch(baked: Baked, prompt: list[int], new: int) -> list[int]:
 def _compare(baked: Baked, session: Session, prompt: list[int], expected: list[int]) -> dict[str, Any]:
     """Greedy tokens on their own, and predictions when fed the expected ones."""
     slots = slots_of(baked.block)
-    capacity = slots.capacity if slots else 0
     length = len(prompt) + len(expected)
-    conversation = session.start(length, capacity)
+    conversation = session.start(length, slots)
     found = list(conversation.greedy(prompt, len(expected), set()))
-    fed, following, hits = session.start(length, capacity), prompt, 0
+    fed, following, hits = session.start(length, slots), prompt, 0
     for token in expected:
         hits += int(fed.feed(following).argmax()) == token
         following = [token]
@@ -101,7 +100,7 @@ def _perplexity(baked: Baked, session: Session, ids: list[int], scored: int) -> 
     """Of the text's last ``scored`` tokens after the rest as prompt: bundle, and PyTorch with the full cache."""
     slots = slots_of(baked.block)
     prompt, following = ids[-scored - 2500 : -scored], ids[-scored:]
-    conversation = session.start(len(prompt) + scored, slots.capacity if slots else 0)
+    conversation = session.start(len(prompt) + scored, slots)
     losses, step = [], prompt
     for token in following:
         logits = conversation.feed(step).astype(np.float64)

@@ -65,13 +65,12 @@ def verify_onnx(baked: Baked, folder: Path) -> Verified:
 
     baked.model.float()  # as the graph computes
     slots, stop = slots_of(baked.block), _stop(baked)
-    capacity = slots.capacity if slots else 0
     session = Session(folder)
-    prompts = _prompts(baked, capacity)
+    prompts = _prompts(baked, slots.capacity if slots else 0)
     expected = [greedy_tokens(baked.model, ids, NEW, slots, baked.block.layers, stop) for ids in prompts]
-    found = [list(session.start(len(ids) + NEW, capacity).greedy(ids, NEW, stop)) for ids in prompts]
+    found = [list(session.start(len(ids) + NEW, slots).greedy(ids, NEW, stop)) for ids in prompts]
     hits = [
-        _hits(session.start(len(ids) + NEW, capacity).feed, ids, tokens)
+        _hits(session.start(len(ids) + NEW, slots).feed, ids, tokens)
         for ids, tokens in zip(prompts, expected, strict=True)
     ]
     return _compared(expected, found, sum(hits) / sum(map(len, expected)), "PyTorch with the bundle's keep rule")

@@ -1,9 +1,10 @@
 """Rivals' rows and ours on the same samples, side by side: score, bytes that the ratio promises, bytes really held.
 
     python benchmarks/rivals/table.py benchmarks/results/rivals_kvpress.jsonl \
-        benchmarks/results/eval_2000/samples.jsonl --out benchmarks/results/rivals.md
+        benchmarks/results/eval_2000/samples.jsonl benchmarks/results/eval_rehearsed/samples.jsonl \
+        --out benchmarks/results/rivals.md
 
-Ours are taken only where the rival has the same sample.
+Ours are taken only where the rival has the same sample; what two files have is taken from the first.
 """
 
 from __future__ import annotations
@@ -48,19 +49,19 @@ def main() -> None:
     """Write the table of all cells that a rival has rows for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rivals", type=Path)
-    parser.add_argument("ours", type=Path)
+    parser.add_argument("ours", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     rivals = read(arguments.rivals)
     asked = {(row["task"], row["question"], row["sample"]) for row in rivals}
     ratios = {row["ratio"] for row in rivals} | {1.0}
-    ours = [
-        row
-        for row in read(arguments.ours)
-        if (row["task"], row["question"], row["sample"]) in asked and row["ratio"] in ratios
-    ]
+    ours: dict[tuple[Any, ...], Row] = {}
+    for row in (row for path in arguments.ours for row in read(path)):
+        sample = (row["task"], row["question"], row["sample"])
+        if sample in asked and row["ratio"] in ratios:
+            ours.setdefault((*sample, row["policy"], row["ratio"]), row)
     text = "| task | question | policy | ratio | score | samples | nominal MiB | held MiB |\n" + 8 * "|---" + "|\n"
-    both = sorted(cells([*rivals, *ours]).items(), key=lambda cell: (cell[0][0], cell[0][1], cell[0][2]))
+    both = sorted(cells([*rivals, *ours.values()]).items(), key=lambda cell: (cell[0][0], cell[0][1], cell[0][2]))
     text += "".join(line(key, rows) + "\n" for key, rows in both)
     arguments.out.write_text(text, encoding="utf-8")
     print(text)

@@ -74,7 +74,7 @@ def generate_bundle(
     """
     if not isinstance(prompt, str):
         raise batch_refused(len(prompt), "call it for each prompt")
-    config, capacity = settings_of(folder)
+    config, slots = settings_of(folder)
     tokenizer = BundleTokenizer(folder)
     ids = tokenizer.encode(prompt, chat=chat)
     if len(ids) + max_new_tokens > config["context_length"]:
@@ -84,7 +84,7 @@ def generate_bundle(
         )
     eos = config["eos_token_id"]
     stop = {eos} if isinstance(eos, int) else set(eos)
-    conversation = Session(folder, threads=threads).start(len(ids) + max_new_tokens, capacity)
+    conversation = Session(folder, threads=threads).start(len(ids) + max_new_tokens, slots)
     tokens: list[int] = []
     shown = ""
     start = first = time.perf_counter()
@@ -108,8 +108,8 @@ def generate_bundle(
     )
 
 
-def settings_of(folder: Path) -> tuple[dict[str, Any], int]:
-    """The model's part of ``genai_config.json``, and the capacity of the bounded caches.
+def settings_of(folder: Path) -> tuple[dict[str, Any], Slots | None]:
+    """The model's part of ``genai_config.json``, and the slots of the bounded caches.
 
     Raises:
         BundleError: the folder holds no bundle that plain ONNX Runtime can run here.
@@ -123,4 +123,4 @@ def settings_of(folder: Path) -> tuple[dict[str, Any], int]:
         raise BundleError(
             f"{folder} was built for {runtime['provider']} - run it with onnxruntime-genai there, or export for the CPU"
         )
-    return config, Slots(**runtime["slots"]).capacity if runtime["slots"] else 0
+    return config, Slots(**runtime["slots"]) if runtime["slots"] else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from thinkkv.export.onnx.slots import Slots
 from thinkkv.patches.errors import ExportError, UnsupportedGenerationError
 from thinkkv.sdk.extras import require
 
@@ -41,12 +42,12 @@ class Session:
         self._runtime = onnxruntime
         self._caches = [value for value in self._session.get_inputs() if value.name.startswith("past_key_values.")]
 
-    def start(self, max_length: int, slots: int) -> Conversation:
+    def start(self, max_length: int, slots: Slots | None) -> Conversation:
         """An empty conversation.
 
         Args:
             max_length: tokens that it may grow to.
-            slots: capacity of the bounded caches.
+            slots: of the bundle's bounded caches; None where it has none.
         """
         return Conversation(self._session, self._runtime, self._caches, max_length, slots)
 
@@ -65,8 +66,8 @@ class Conversation:
         seen: tokens in the caches' past, evicted ones too.
     """
 
-    def __init__(self, session: Any, runtime: Any, caches: Sequence[Any], max_length: int, slots: int) -> None:
-        self._session, self._max_length = session, max_length
+    def __init__(self, session: Any, runtime: Any, caches: Sequence[Any], max_length: int, slots: Slots | None) -> None:
+        self._session, self._max_length, self._slots = session, max_length, slots
         self.seen = 0
         self._binding = session.io_binding()
         self._binding.bind_output("logits")
@@ -74,7 +75,8 @@ class Conversation:
         for value in caches:
             _, heads, length, dim = value.shape
             bounded = length == "slots"
-            shape = (1, heads, min(slots, max_length) if bounded else max_length, dim)
+            most = slots.capacity if bounded and slots else max_length
+            shape = (1, heads, min(most, max_length), dim)
             dtype = np.float16 if value.type == "tensor(float16)" else np.float32
             # Zeros: a full cache is read beyond the tokens that it holds, with a weight of nothing.
             buffer = runtime.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
@@ -92,7 +94,8 @@ class Conversation:
             _, heads, length, dim = buffer.shape()
             size = 2 if buffer.data_type() == "tensor(float16)" else 4
             row_bytes[bounded] += heads * dim * size
-            found["used"] += heads * dim * size * min(self.seen, length)
+            in_use = self._slots.in_use(self.seen) if bounded and self._slots else self.seen
+            found["used"] += heads * dim * size * in_use
             found["physical"] += heads * dim * size * length
         found["full"] = sum(row_bytes.values()) * self.seen
         return found

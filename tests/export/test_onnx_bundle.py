@@ -83,8 +83,7 @@ def _profile(model: Any, policy: Policy) -> Any:
 
 
 def runtime_tokens(bundle: Bundle, ids: list[int], new: int) -> list[int]:
-    capacity = bundle.slots.capacity if bundle.slots else 0
-    conversation = Session(bundle.folder, threads=1).start(len(ids) + new, capacity)
+    conversation = Session(bundle.folder, threads=1).start(len(ids) + new, bundle.slots)
     return list(conversation.greedy(ids, new, set()))
 
 
@@ -172,7 +171,7 @@ def test_full_slots_make_no_difference(make: Make) -> None:
 def test_a_second_turn(make: Make, lengths: tuple[int, int]) -> None:
     bundle = make("llama3", 4, SMALL, 0.5)
     first, second = prompt(lengths[0]), prompt(lengths[1])
-    conversation = Session(bundle.folder, threads=1).start(400, bundle.slots.capacity if bundle.slots else 0)
+    conversation = Session(bundle.folder, threads=1).start(400, bundle.slots)
     conversation.feed(first)
     tokens = list(conversation.greedy(second, 20, set()))
     assert tokens == genai_tokens(bundle, [first, second], 20, 400)
@@ -182,7 +181,7 @@ def test_a_turn_after_generated_tokens(make: Make) -> None:
     """While all fits, the dense model's tokens."""
     bundle = make("llama3", 4, SMALL, 0.5)
     first, second = prompt(15), prompt(9)
-    conversation = Session(bundle.folder, threads=1).start(400, bundle.slots.capacity if bundle.slots else 0)
+    conversation = Session(bundle.folder, threads=1).start(400, bundle.slots)
     tokens = list(conversation.greedy(first, 10, set()))
     ids = [*first, *tokens, *second]
     with torch.inference_mode():
@@ -201,7 +200,7 @@ def test_a_turn_after_generated_tokens_in_onnxruntime_genai(make: Make, lengths:
     generator.rewind_to(generator.token_count() - 1)
     generator.append_tokens(np.array([tokens[-1], *second], dtype=np.int32))
     found = genai_continue(generator, 10)
-    conversation = Session(bundle.folder, threads=1).start(400, bundle.slots.capacity if bundle.slots else 0)
+    conversation = Session(bundle.folder, threads=1).start(400, bundle.slots)
     assert list(conversation.greedy(first, 10, set())) == tokens == bundle.torch_tokens(first, 10)
     assert list(conversation.greedy([tokens[-1], *second], 10, set())) == found
     if bundle.slots and sum(lengths) + 20 <= bundle.slots.capacity:
@@ -210,23 +209,26 @@ def test_a_turn_after_generated_tokens_in_onnxruntime_genai(make: Make, lengths:
 
 def test_the_bounded_cache_is_really_smaller(make: Make) -> None:
     bundle = make("llama3", 4, SMALL, 0.5)
-    conversation = Session(bundle.folder, threads=1).start(CONTEXT, bundle.slots.capacity if bundle.slots else 0)
+    conversation = Session(bundle.folder, threads=1).start(CONTEXT, bundle.slots)
     conversation.feed(prompt(CONTEXT))
     held = conversation.bytes
     assert held["full"] == 3 * 4 * CONTEXT * 16 * 2 * 4
-    assert held["used"] == held["physical"] <= 0.5 * held["full"]
+    assert held["used"] <= held["physical"] <= 0.5 * held["full"]
+    kept = bundle.slots.in_use(CONTEXT) if bundle.slots else 0
+    rows = [CONTEXT * layer.full + kept * (4 - layer.full) for layer in bundle.baked.block.layers]
+    assert held["used"] == sum(rows) * 16 * 2 * 4
 
 
 def test_a_conversation_that_is_too_long_is_refused(make: Make) -> None:
     bundle = make("llama3", 4, SMALL, 0.5)
-    conversation = Session(bundle.folder, threads=1).start(50, 40)
+    conversation = Session(bundle.folder, threads=1).start(50, bundle.slots)
     with pytest.raises(ExportError, match="51 tokens do not fit"):
         conversation.feed(prompt(51))
 
 
 def test_batches_are_refused_by_name(make: Make) -> None:
     bundle = make("llama3", 4, SMALL, 0.5)
-    conversation = Session(bundle.folder, threads=1).start(50, 40)
+    conversation = Session(bundle.folder, threads=1).start(50, bundle.slots)
     with pytest.raises(UnsupportedGenerationError, match="one sequence at a time, this is a batch of 2") as refused:
         conversation.feed([prompt(9), prompt(7)])
     assert len(str(refused.value).splitlines()) == 1
