@@ -12,11 +12,12 @@ PACKAGES = ("thinkkv", "torch", "transformers", "trl", "peft", "onnxruntime")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, torch's threads, memory and system."""
+    """Processor and its vector instructions, cores, torch's threads, memory and system."""
     import torch  # heavy: only a measurement asks
 
     return {
         "processor": _processor(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
