@@ -11,7 +11,6 @@ calls may fall otherwise, as other sums round.
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from collections.abc import Iterator
 from itertools import takewhile
@@ -101,18 +100,15 @@ def _perplexity(baked: Baked, session: Session, ids: list[int], scored: int) -> 
     slots = slots_of(baked.block)
     prompt, following = ids[-scored - 2500 : -scored], ids[-scored:]
     conversation = session.start(len(prompt) + scored, slots)
-    losses, step = [], prompt
-    for token in following:
-        logits = conversation.feed(step).astype(np.float64)
-        losses.append(float(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[token]))
-        step = [token]
+    steps = [prompt, *([token] for token in following[:-1])]
+    exported = torch.from_numpy(np.stack([conversation.feed(step) for step in steps]))
     with torch.inference_mode():
         all_ids = torch.tensor([prompt + following])
         logits = baked.model(all_ids, use_cache=False, logits_to_keep=scored + 1).logits[0, :-1]
-    full = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(following)).item()
+    loss, full = (torch.nn.functional.cross_entropy(of.double(), torch.tensor(following)) for of in (exported, logits))
     return {
-        "perplexity": round(math.exp(sum(losses) / scored), 3),
-        "perplexity_full_cache_float32": round(math.exp(full), 3),
+        "perplexity": round(loss.exp().item(), 3),
+        "perplexity_full_cache_float32": round(full.exp().item(), 3),
         "scored": scored,
         "prompt_tokens": len(prompt),
     }
