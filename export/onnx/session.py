@@ -107,7 +107,7 @@ class Conversation:
             ids: a prompt, a further turn, or one token.
 
         Returns:
-            [vocabulary] float32: logits after the last of them.
+            [vocabulary] float32: logits after the last of them, the caller's own.
 
         Raises:
             UnsupportedGenerationError: they are a batch.
@@ -126,7 +126,7 @@ class Conversation:
             self._binding.bind_cpu_input(name, array)
         self._session.run_with_iobinding(self._binding)
         logits = self._binding.get_outputs()[0].numpy()  # in the order in which they were bound
-        return np.asarray(logits[0, -1], dtype=np.float32)
+        return np.array(logits[0, -1], dtype=np.float32)  # a copy: the next step's logits take the same memory
 
     def greedy(self, ids: Sequence[int], new: int, stop: set[int]) -> Iterator[int]:
         """Feed a prompt and yield the most probable tokens one by one, the one that stops included.

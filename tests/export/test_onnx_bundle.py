@@ -207,6 +207,15 @@ def test_a_turn_after_generated_tokens_in_onnxruntime_genai(make: Make, lengths:
         assert bundle.torch_tokens([*first, *tokens, *second], 10) == found
 
 
+def test_logits_stay_what_they_are_when_more_is_fed(make: Make) -> None:
+    bundle = make("llama3", 4, SMALL, 0.5)
+    conversation = Session(bundle.folder, threads=1).start(60, bundle.slots)
+    kept = [conversation.feed([token]) for token in prompt(8)]
+    again = Session(bundle.folder, threads=1).start(60, bundle.slots)
+    for logits, token in zip(kept, prompt(8), strict=True):
+        assert np.array_equal(logits, again.feed([token]))
+
+
 def test_the_bounded_cache_is_really_smaller(make: Make) -> None:
     bundle = make("llama3", 4, SMALL, 0.5)
     conversation = Session(bundle.folder, threads=1).start(CONTEXT, bundle.slots)
