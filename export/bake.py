@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from thinkkv.export.adapter import merge_adapter
-from thinkkv.export.block import Block, LayerClasses
 from thinkkv.patches.architecture import LayerShape, attention_modules, probe
 from thinkkv.patches.errors import ExportError
 from thinkkv.patches.registry import architecture_of
+from thinkkv.sdk.block import Block, LayerClasses
 from thinkkv.sdk.budget import Budget
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.plan import KeepPlan, PromptView

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from thinkkv.export.bake import Baked
-from thinkkv.export.bundle import BundleFile, read_manifest, staged, write_json
 from thinkkv.export.onnx.builder import Provider, Quantize
+from thinkkv.export.staging import staged, write_json
 from thinkkv.export.verification import NOT_RUN, Verified, verify_checkpoint, verify_gguf, verify_onnx
 from thinkkv.patches.errors import ExportError
-from thinkkv.sdk.baked import BLOCK_FILE
+from thinkkv.sdk.block import BLOCK_FILE
+from thinkkv.sdk.manifest import BundleFile, read_manifest
 
 Format = Literal["safetensors", "onnx", "gguf"]
 GGUF_FILE = "model.gguf"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from thinkkv.export.bake import Baked
-from thinkkv.export.bundle import write_json
-from thinkkv.sdk.baked import BLOCK_FILE
+from thinkkv.export.staging import write_json
+from thinkkv.sdk.block import BLOCK_FILE
 
 CONFIG_KEY = "thinkkv"
 

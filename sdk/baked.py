@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkkv.patches.errors import PatchStateError
-from thinkkv.sdk import model_sources, models
+from thinkkv.sdk import manifest, model_sources, models
+from thinkkv.sdk.block import BLOCK_FILE, Block
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from thinkkv.sdk.patching import PatchHandle
-
-BLOCK_FILE = "thinkkv.json"
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,8 @@ def baked_options(name: str | os.PathLike[str]) -> BakedOptions | None:
     folder = Path(name).expanduser()
     if os.fspath(name) in model_sources.ALIASES or not (folder / BLOCK_FILE).is_file():
         return None
-    from thinkkv.export import bundle  # only exported checkpoints need these two
-    from thinkkv.export.block import Block
-
-    if (folder / bundle.MANIFEST_FILE).is_file():
-        bundle.verify(folder)
+    if (folder / manifest.MANIFEST_FILE).is_file():
+        manifest.verify(folder)
     block = Block.read(folder)
     profile = folder if block.calibration is not None else None
     return BakedOptions(block.policy, block.ratio, block.budget, profile)

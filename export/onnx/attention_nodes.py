@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from thinkkv.export.block import LayerClasses
 from thinkkv.export.onnx import names
 from thinkkv.export.onnx.cursor import FULL_KV_OUTPUTS, TASK_KV_OUTPUTS
 from thinkkv.export.onnx.domain import HeadGroup
@@ -18,6 +17,7 @@ from thinkkv.export.onnx.full_kv_attention import full_kv_node
 from thinkkv.export.onnx.slots import Slots
 from thinkkv.export.onnx.task_kv_attention import task_kv_node
 from thinkkv.patches.errors import ExportError
+from thinkkv.sdk.block import LayerClasses
 
 _EXPECTED = {"do_rotary": 1, "rotary_interleaved": 0, "local_window_size": -1, "softcap": 0.0}
 

@@ -13,7 +13,7 @@ from thinkkv.export.onnx.session import Session, batch_refused
 from thinkkv.export.onnx.slots import Slots
 from thinkkv.export.onnx.tokenizer import BundleTokenizer
 from thinkkv.patches.errors import BundleError, ExportError
-from thinkkv.sdk.baked import BLOCK_FILE
+from thinkkv.sdk.block import BLOCK_FILE
 
 GENAI_FILE = "genai_config.json"
 

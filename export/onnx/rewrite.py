@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 import onnx
 from onnx import helper
 
-from thinkkv.export.block import LayerClasses
 from thinkkv.export.onnx import names
 from thinkkv.export.onnx.attention_nodes import AttentionWriter, Caches
 from thinkkv.export.onnx.cursor import (
@@ -30,6 +29,7 @@ from thinkkv.export.onnx.slots import Slots
 from thinkkv.export.onnx.task_kv_attention import NAME as TASK_KV_ATTENTION
 from thinkkv.export.onnx.task_kv_attention import task_kv_attention
 from thinkkv.patches.errors import ExportError
+from thinkkv.sdk.block import LayerClasses
 
 ATTENTION = "GroupQueryAttention"
 IR_VERSION = 11

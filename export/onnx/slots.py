@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from thinkkv.export.block import Block
 from thinkkv.patches.errors import BudgetError
+from thinkkv.sdk.block import Block
 
 GENAI_SLACK = 16
 """Slots that onnxruntime-genai adds on a CPU to the window that its config names; the fewest a bundle can have."""

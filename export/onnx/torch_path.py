@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from thinkkv.export.block import LayerClasses
 from thinkkv.export.onnx.slots import Slots
+from thinkkv.sdk.block import LayerClasses
 from thinkkv.sdk.budget import LayerBudget
 from thinkkv.sdk.cache import HeterogeneousCache
 from thinkkv.sdk.patching import apply

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from thinkkv.export.bake import Baked
-from thinkkv.export.block import Block
-from thinkkv.export.bundle import write_json
 from thinkkv.export.onnx.builder import Provider, Quantize, build_dense, check_installed
 from thinkkv.export.onnx.generate import GENAI_FILE
 from thinkkv.export.onnx.session import GRAPH_FILE
 from thinkkv.export.onnx.slots import GENAI_SLACK, Slots
 from thinkkv.export.safetensors import write_checkpoint
+from thinkkv.export.staging import write_json
 from thinkkv.patches.errors import ExportError
-from thinkkv.sdk.baked import BLOCK_FILE
+from thinkkv.sdk.block import BLOCK_FILE, Block
 
 
 def write_onnx(
@@ -44,7 +43,7 @@ def write_onnx(
     check_installed()
     _refuse_windows(baked.block)
     slots = slots_of(baked.block)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.checkpoint.") as checkpoint:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="checkpoint.") as checkpoint:
         write_checkpoint(baked, Path(checkpoint))
         build_dense(Path(checkpoint), folder, quantize=quantize, provider=provider, options=builder_options)
     bounded = _rewrite_graph(folder / GRAPH_FILE, baked.block, slots, on_cpu=provider == "cpu")

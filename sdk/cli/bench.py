@@ -129,6 +129,7 @@ def _torch_rows(chosen: Compared, ratios: Sequence[float], options: Options, fol
             ]
             jobs = [
                 {
+                    "contender": "thinkkv.sdk.speed.torch_contender:of_job",
                     "model": chosen.model,
                     "dtype": options.dtype,
                     "policy": contender.policy,
@@ -144,9 +145,11 @@ def _torch_rows(chosen: Compared, ratios: Sequence[float], options: Options, fol
 def _onnx_rows(chosen: Compared, ratios: Sequence[float], options: Options, folder: Path) -> Iterator[dict[str, Any]]:
     """Rows of ONNX Runtime, a bundle for each setting and context, exported into the folder where it is missing."""
     from thinkkv.export.onnx.builder import check_installed
+    from thinkkv.export.onnx.compared import bundle, check_exported
+    from thinkkv.export.onnx.contender import OnnxContender
     from thinkkv.sdk.evaluation.setting import settings
-    from thinkkv.sdk.speed.bundles import bundle, check_exported
-    from thinkkv.sdk.speed.onnx_contender import OnnxContender
+    from thinkkv.sdk.patching import apply
+    from thinkkv.sdk.profile import fingerprint_of
     from thinkkv.sdk.speed.prompt import prompt_ids
 
     compared = settings(chosen.policies, ratios)
@@ -155,6 +158,8 @@ def _onnx_rows(chosen: Compared, ratios: Sequence[float], options: Options, fold
     network, tokenizer = chosen.load(options.dtype)
     _check(network, options)
     profiles = chosen.profiles(network, tokenizer, compared, folder)
+    with apply(network, policy="full") as handle:
+        fingerprint = fingerprint_of(network, handle.shapes)
     for context in options.contexts:
         folders = []
         for setting in compared:
@@ -164,14 +169,26 @@ def _onnx_rows(chosen: Compared, ratios: Sequence[float], options: Options, fold
                         lambda: chosen.load(options.dtype),
                         setting,
                         profiles.get(setting.policy.name),
+                        label=Path(chosen.model).name,
+                        fingerprint=fingerprint,
                         context=context,
                         quantize=options.quantize,
                         folder=folder / "bundles",
                     )
                 )
         for threads in options.threads:
-            contenders = [OnnxContender(found, threads or None) for found in folders]
-            jobs = [{"bundle": str(found)} for found in folders]
+            contenders = [
+                OnnxContender(found, setting.name, threads or None)
+                for found, setting in zip(folders, compared, strict=True)
+            ]
+            jobs = [
+                {
+                    "contender": "thinkkv.export.onnx.contender:of_job",
+                    "bundle": str(found),
+                    "name": setting.name,
+                }
+                for found, setting in zip(folders, compared, strict=True)
+            ]
             yield from _rows(contenders, jobs, prompt_ids(tokenizer, context), threads, options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -82,9 +83,10 @@ def export(
 
     Without --model, model, profile and adapter come from the newest finished `thinkkv patch` or `thinkkv train`.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed export cleans up as an interrupted one
     check_budget(ratio, budget)
     start = time.monotonic()
-    from thinkkv.export.bundle import check_target
+    from thinkkv.export.staging import check_target
 
     choice = _choice(model, adapter, profile, policy, ratio, budget)
     from thinkkv.sdk import model_sources, models

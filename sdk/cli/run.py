@@ -35,9 +35,9 @@ def run(
 
     The bundle is held against its manifest first. The prompt comes from --prompt, --prompt-file or standard input.
     """
-    from thinkkv.export.bundle import verify
     from thinkkv.export.onnx.session import GRAPH_FILE
     from thinkkv.patches.errors import BundleError
+    from thinkkv.sdk.manifest import verify
 
     with progress(f"checking {bundle}"):
         files = {file.path for file in verify(bundle)}

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from thinkkv.patches.errors import ThinkKVError
@@ -18,7 +19,8 @@ def peak_rss(job: dict[str, Any]) -> int:
     """Peak resident bytes of one contender, in a process of its own.
 
     Args:
-        job: ``context`` and ``threads``; for torch ``model, dtype, policy, ratio, profile``, for onnx ``bundle``.
+        job: ``contender``, the name of a function (``module:name``) that makes one and its prompt of the job; what
+            else that function needs.
 
     Raises:
         ThinkKVError: the process failed.
@@ -32,16 +34,7 @@ def peak_rss(job: dict[str, Any]) -> int:
 
 
 def _run(job: dict[str, Any]) -> None:
-    from thinkkv.sdk.speed.prompt import prompt_ids
-
-    if "bundle" in job:
-        from thinkkv.sdk.speed.onnx_contender import OnnxContender
-
-        contender: Any = OnnxContender(Path(job["bundle"]), job["threads"])
-        ids = [1 + i % 50 for i in range(job["context"])]
-    else:
-        contender, tokenizer = _torch_contender(job)
-        ids = prompt_ids(tokenizer, job["context"])
+    contender, ids = resolve_name(job["contender"])(job)
     with contender.ready():
         contender.prefill(ids, STEPS + 1)
         for _ in range(STEPS):
@@ -59,22 +52,6 @@ def own_peak() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _torch_contender(job: dict[str, Any]) -> tuple[Any, Any]:
-    import torch
-
-    from thinkkv.sdk import models
-    from thinkkv.sdk.evaluation.setting import settings
-    from thinkkv.sdk.profile import HeadProfile
-    from thinkkv.sdk.speed.torch_contender import STOCK, TorchContender
-
-    if job["threads"]:
-        torch.set_num_threads(job["threads"])
-    model, tokenizer = models.load(job["model"], dtype=job["dtype"])
-    profile = HeadProfile.load(job["profile"]) if job["profile"] else None
-    setting = None if job["policy"] == STOCK else settings([job["policy"]], [job["ratio"]])[0]
-    return TorchContender(model, setting, profile), tokenizer
 
 
 if __name__ == "__main__":

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from thinkkv.sdk.evaluation.setting import Setting
+from thinkkv.sdk import models
+from thinkkv.sdk.evaluation.setting import Setting, settings
 from thinkkv.sdk.patching import apply
 from thinkkv.sdk.profile import HeadProfile
 from thinkkv.sdk.report import report
 from thinkkv.sdk.speed.contender import Contender, Held
+from thinkkv.sdk.speed.prompt import prompt_ids
 
 STOCK = "stock"
 """Name of the contender that is not patched."""
@@ -73,3 +75,17 @@ class TorchContender(Contender):
     def _forward(self, ids: torch.Tensor) -> None:
         out = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._token = out.logits[:, -1:].argmax(-1)
+
+
+def of_job(job: Mapping[str, Any]) -> tuple[TorchContender, list[int]]:
+    """Contender and prompt for a process of its own.
+
+    Args:
+        job: ``model, dtype, policy, ratio, profile, threads, context``.
+    """
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    model, tokenizer = models.load(job["model"], dtype=job["dtype"])
+    profile = HeadProfile.load(job["profile"]) if job["profile"] else None
+    setting = None if job["policy"] == STOCK else settings([job["policy"]], [job["ratio"]])[0]
+    return TorchContender(model, setting, profile), prompt_ids(tokenizer, job["context"])

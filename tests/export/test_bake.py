@@ -16,9 +16,9 @@ from tests.export.baking import SMALL, dense_logits, profile_of
 from tests.tiny_models import new_model, prompts
 from thinkkv import sdk
 from thinkkv.export.bake import bake
-from thinkkv.export.block import Block
 from thinkkv.export.safetensors import write_checkpoint
 from thinkkv.patches.errors import AdapterMismatchError, ExportError
+from thinkkv.sdk.block import Block
 from thinkkv.sdk.budget import Budget
 from thinkkv.sdk.policies import SnapKV
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from thinkkv.export.bundle import MANIFEST_FILE, staged, verify
+from thinkkv.export.staging import staged
 from thinkkv.patches.errors import BundleError, ExportError
+from thinkkv.sdk.manifest import MANIFEST_FILE, verify
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from tests.export.baking import profile_of
 from tests.tiny_models import new_model
 from thinkkv import sdk
-from thinkkv.export.bundle import verify, write_manifest
 from thinkkv.patches.errors import BundleError
 from thinkkv.sdk import extras, generate_text, models
 from thinkkv.sdk.cli import main
+from thinkkv.sdk.manifest import verify, write_manifest
 from thinkkv.sdk.outputs import finish
 
 

@@ -1,14 +1,15 @@
-"""An exported bundle in plain ONNX Runtime."""
+"""An exported bundle in plain ONNX Runtime, as one side of a speed comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from thinkkv.export.block import Block
-from thinkkv.export.bundle import verify
 from thinkkv.export.onnx.generate import settings_of
 from thinkkv.export.onnx.session import Conversation, Session
+from thinkkv.sdk.block import Block
+from thinkkv.sdk.manifest import verify
 from thinkkv.sdk.speed.contender import Contender, Held
 
 
@@ -17,6 +18,7 @@ class OnnxContender(Contender):
 
     Args:
         folder: what ``thinkkv export --format onnx`` wrote; held against its manifest.
+        name: of the policy in the rows, with its options.
         threads: of the runtime; None for its own choice.
 
     Raises:
@@ -25,10 +27,10 @@ class OnnxContender(Contender):
 
     runtime = "onnx"
 
-    def __init__(self, folder: Path, threads: int | None) -> None:
+    def __init__(self, folder: Path, name: str, threads: int | None) -> None:
         verify(folder)
         block = Block.read(folder)
-        self.policy, self.ratio = block.policy, block.ratio or 1.0
+        self.policy, self.ratio = name, block.ratio or 1.0
         _, self._slots = settings_of(folder)
         self._session = Session(folder, threads=threads)
         self._conversation: Conversation | None = None
@@ -49,3 +51,13 @@ class OnnxContender(Contender):
         """Of the bound buffers."""
         assert self._conversation is not None
         return Held(**self._conversation.bytes)
+
+
+def of_job(job: Mapping[str, Any]) -> tuple[OnnxContender, list[int]]:
+    """Contender and a prompt of any tokens for a process of its own, without PyTorch.
+
+    Args:
+        job: ``bundle, name, threads, context``.
+    """
+    contender = OnnxContender(Path(job["bundle"]), job["name"], job["threads"])
+    return contender, [1 + i % 50 for i in range(job["context"])]

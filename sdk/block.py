@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from thinkkv.patches.errors import BundleError
-from thinkkv.sdk.baked import BLOCK_FILE
 
+BLOCK_FILE = "thinkkv.json"
 SCHEMA = 1
 
 
