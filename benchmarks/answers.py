@@ -47,6 +47,6 @@ def compare(model: Any, tokenizer: Any, settings: Sequence[Setting], options: ar
     evaluation = Evaluation(model, tokenizer, settings, profiles={})
     tasks = [task_of(task) for task in options.tasks.split(",")]
     cells = evaluation.cells(tasks, [options.context], ["in-window", "after"])
-    journal = Journal(RESULTS / f"{name}.jsonl", evaluation.identity)
+    journal = Journal(RESULTS / f"{name}.jsonl", evaluation.identity, evaluation.calibrations)
     evaluation.run(cells, options.samples, journal, track)
     save(RESULTS / f"{name}.json", {"rows": rows(journal, cells, settings, options.samples)})

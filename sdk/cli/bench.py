@@ -225,15 +225,14 @@ def _check(network: Any, options: Options) -> None:
 
 def _finish(model: str, rows: Sequence[dict[str, Any]], folder: Path, start: float, as_json: bool) -> None:
     from thinkkv.sdk.files import write_whole
-    from thinkkv.sdk.machine import machine, versions
+    from thinkkv.sdk.machine import described
     from thinkkv.sdk.outputs import finish
     from thinkkv.sdk.speed.picture import draw_speed
 
     result = {
         "model": model,
         "rows": rows,
-        "machine": machine(),
-        "versions": versions(),
+        **described("thinkkv"),
         "seconds": round(time.monotonic() - start, 1),
     }
     write_whole(folder / "speed.png", draw_speed(rows, model))

@@ -106,15 +106,15 @@ def _run(evaluation: Evaluation, cells: Sequence[Cell], samples: int, folder: Pa
     """Evaluate, resuming what the folder has, and summarise."""
     from thinkkv.sdk.evaluation.journal import Journal
     from thinkkv.sdk.evaluation.rows import rows
-    from thinkkv.sdk.machine import machine, versions
+    from thinkkv.sdk.machine import described
 
     identity = evaluation.identity
-    journal = Journal(folder / "samples.jsonl", identity)
+    journal = Journal(folder / "samples.jsonl", identity, evaluation.calibrations)
     if journal.outcomes:
         console.print(f"going on in {folder}, which holds {len(journal.outcomes)} outcomes", highlight=False)
     evaluation.run(cells, samples, journal, track)
     found = rows(journal, cells, evaluation.settings, samples)
-    return {**identity, "rows": found, "machine": machine(), "versions": versions()}
+    return {**identity, "profiles": journal.profiles, "rows": found, **described("thinkkv")}
 
 
 def _finish(folder: Path, result: Mapping[str, Any]) -> None:

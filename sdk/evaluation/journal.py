@@ -7,9 +7,12 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from thinkkv.patches.errors import ThinkKVError
+from thinkkv.sdk.evaluation.setting import profile_key
+from thinkkv.sdk.files import write_whole
 
 SCHEMA = 1
 
@@ -53,22 +56,29 @@ class Journal:
     Args:
         path: of the file.
         identity: what all outcomes in it have in common: model, dtype, seed.
+        calibrations: by ``profile_key``, what the profiles of the policies to come were calibrated on; None without.
 
     Attributes:
         outcomes: by key.
+        profiles: calibrations of all profiles behind the outcomes, those of earlier calls too.
 
     Raises:
         ThinkKVError: the file holds outcomes of something else, or is damaged.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], calibrations: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         self._path = path
         self.outcomes: dict[tuple[Any, ...], Outcome] = {}
+        self.profiles: dict[str, Any] = {}
         head = {"schema": SCHEMA, **identity}
-        if path.exists():
-            self._read(head)
-        if not path.exists() or path.stat().st_size == 0:
-            self._write([head])
+        rows = self._read(head) if path.exists() else []
+        known = dict(self.profiles)
+        self._take_over(calibrations)
+        if not path.exists() or not rows or self.profiles != known:
+            lines = [json.dumps(row, ensure_ascii=False) for row in [head | {"profiles": self.profiles}, *rows[1:]]]
+            write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
         """Append outcomes; they are on the disk when this returns."""
@@ -76,7 +86,22 @@ class Journal:
         self._write([asdict(outcome) for outcome in new])
         self.outcomes |= {outcome.key: outcome for outcome in new}
 
-    def _read(self, head: Mapping[str, Any]) -> None:
+    def _take_over(self, calibrations: Mapping[str, Any]) -> None:
+        """Add profiles; a policy that has outcomes keeps the one it had, or none."""
+        used = {profile_key(outcome.policy) for outcome in self.outcomes.values()}
+        for key, calibration in calibrations.items():
+            if key in used and self.profiles.get(key) != calibration:
+                raise self._of_another_run(f"profile of {key}", self.profiles.get(key), calibration)
+        self.profiles |= {key: calibration for key, calibration in calibrations.items() if calibration is not None}
+
+    def _of_another_run(self, what: str, found: Any, now: Any) -> ThinkKVError:
+        return ThinkKVError(
+            f"{self._path} holds results of another run ({what} {found!r}, now {now!r}) - choose another --out, or "
+            "remove it"
+        )
+
+    def _read(self, head: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The lines of the file, of which the first says what it holds."""
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):  # killed in the middle of a line
@@ -87,13 +112,12 @@ class Journal:
             outcomes = [Outcome(**row) for row in found[1:]]
         except (ValueError, TypeError) as error:
             raise ThinkKVError(f"{self._path} is damaged ({error}) - remove it, or choose another --out") from None
-        if found and found[0] != head:
-            differing = next(key for key in head if found[0].get(key) != head[key])
-            raise ThinkKVError(
-                f"{self._path} holds results of another run ({differing} {found[0].get(differing)!r}, now "
-                f"{head[differing]!r}) - choose another --out, or remove it"
-            )
+        for name in head if found else ():
+            if found[0].get(name) != head[name]:
+                raise self._of_another_run(name, found[0].get(name), head[name])
         self.outcomes = {outcome.key: outcome for outcome in outcomes}
+        self.profiles = dict(found[0].get("profiles", {})) if found else {}
+        return found
 
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -12,7 +12,7 @@ from thinkkv.sdk.evaluation.answering import Turn
 from thinkkv.sdk.evaluation.journal import Journal, Outcome
 from thinkkv.sdk.evaluation.prefill import prefill
 from thinkkv.sdk.evaluation.sample import Encoded
-from thinkkv.sdk.evaluation.setting import Setting
+from thinkkv.sdk.evaluation.setting import Setting, profile_key
 from thinkkv.sdk.evaluation.tasks.task import Task
 from thinkkv.sdk.patching import PatchHandle, apply
 from thinkkv.sdk.profile import HeadProfile, fingerprint_of
@@ -69,8 +69,13 @@ class Evaluation:
             "seed": self.seed,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "fingerprint": fingerprint,
-            "profiles": {found.policy: dict(found.calibration) for found in self.profiles.values()},
         }
+
+    @property
+    def calibrations(self) -> dict[str, Any]:
+        """What the profile of every policy that takes one was calibrated on, None where heads are chosen per prompt."""
+        named = {profile_key(setting.name): self.profiles.get(setting.policy.name) for setting in self.settings}
+        return {key: dict(found.calibration) if found else None for key, found in named.items() if key}
 
     def cells(self, tasks: Iterable[Task], sizes: Sequence[int], questions: Sequence[Question]) -> list[Cell]:
         """Every task at every size, asked in every way that it has.
@@ -160,13 +165,17 @@ class Evaluation:
             return [(loss, "") for loss in turn.losses(questions)]
         if cell.question == "after":
             logits = turn.feed(questions, keep=1)[:, -1]
-        said = turn.answer(logits, self._new_tokens(samples), self._stop())
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
+        lengths = [self._new_tokens(sample) for sample in samples]
+        said = turn.answer(logits, max(lengths), self._stop())
+        texts = [
+            self.tokenizer.decode(ids[:length], skip_special_tokens=True)
+            for ids, length in zip(said, lengths, strict=True)
+        ]
         return [(cell.task.score(sample.sample, text), text) for sample, text in zip(samples, texts, strict=True)]
 
-    def _new_tokens(self, samples: Sequence[Encoded]) -> int:
-        expected = (sample.sample.expected for sample in samples)
-        return ANSWER_MARGIN + max(len(self.tokenizer(text, add_special_tokens=False).input_ids) for text in expected)
+    def _new_tokens(self, sample: Encoded) -> int:
+        """Tokens that an answer may have, whatever its batch."""
+        return ANSWER_MARGIN + len(self.tokenizer(sample.sample.expected, add_special_tokens=False).input_ids)
 
     def _stop(self) -> set[int]:
         ends = self.model.generation_config.eos_token_id

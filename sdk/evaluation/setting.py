@@ -11,6 +11,7 @@ from typing import Any
 from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.budget import Budget
 from thinkkv.sdk.policies import Full, Policy, policy_named
+from thinkkv.sdk.profile import SCORES
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def parse_policy(text: str) -> Policy:
         given[key] = _value(f"{name}+{key}", value, types[key])
     changed: Policy = dataclasses.replace(policy, **given)
     return changed
+
+
+def profile_key(name: str) -> str | None:
+    """Under which name the profile of a policy, options or not, is kept; None for one that takes none."""
+    score = policy_named(name.split("+")[0]).profile_score
+    return None if score is None else SCORES[score]
 
 
 def _value(what: str, text: str, wanted: Any) -> Any:

@@ -25,6 +25,8 @@ def test_every_cell_has_a_row_and_a_second_call_does_nothing_again(thinkkv, chec
     assert bytes_of[0.25] < bytes_of[0.5] < bytes_of[1.0]
     folder = Path("thinkkv-out/eval-tiny")
     assert json.loads((folder / "result.json").read_text()) == done.json
+    assert done.json.keys() >= {"machine", "versions", "commit", "command", "seconds"}
+    assert done.json["command"].startswith("thinkkv ")
     assert (folder / "scores.png").read_bytes().startswith(b"\x89PNG")
     written = (folder / "samples.jsonl").read_bytes()
     again = thinkkv(*call, "--json")
@@ -51,6 +53,16 @@ def test_policies_that_rank_heads_share_a_profile_and_a_folder(thinkkv, checkpoi
     assert profile.read_bytes() == before[0]
     assert samples.read_bytes().startswith(before[1])
     assert thinkkv(*call, "--policies", "rehearsed-kv", "--profile", "out/retrieval-profile").code == 0
+
+
+@pytest.mark.parametrize("order", [("snapkv", "snapkv,retrieval-kv"), ("retrieval-kv", "snapkv")])
+def test_policies_are_added_to_a_folder_with_a_profile_or_without(thinkkv, checkpoint, order):
+    call = arguments(checkpoint, "--tasks", "passkey", "--question", "after", "--ratio", "0.6", "--out", "out")
+    for policies in order:
+        done = thinkkv(*call, "--policies", policies, "--json")
+        assert done.code == 0, done.err
+        assert [row["policy"] for row in done.json["rows"]] == policies.split(",")
+    assert "retrieval-kv" in done.json["profiles"]
 
 
 @pytest.mark.parametrize(

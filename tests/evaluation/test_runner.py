@@ -70,6 +70,26 @@ def test_a_batched_run_says_what_generation_says_sample_by_sample(evaluation, tm
             assert outcome.cache_bytes == pytest.approx(held, rel=0.2)  # one arena for the batch
 
 
+class Growing(Lengths):
+    """The expected answers get longer from sample to sample."""
+
+    def sample(self, tokenizer: Any, size: int, index: int, seed: int) -> Encoded:
+        found = super().sample(tokenizer, size, index, seed)
+        return Encoded(Sample("", "", ("x" * (1 + 4 * index),)), found.context, found.question)
+
+
+def test_an_answer_is_as_long_in_a_batch_as_alone(evaluation, tmp_path):
+    found = []
+    for batch_tokens in (8192, 1):
+        journal = Journal(tmp_path / f"{batch_tokens}.jsonl", {})
+        one = replace(evaluation, batch_tokens=batch_tokens)
+        one.run(one.cells([Growing()], [150], ["after"]), 3, journal, lambda label: iter)
+        found.append({key: outcome.said for key, outcome in journal.outcomes.items()})
+    assert found[0] == found[1]
+    lengths = {number: len(text) for (_, _, _, number, policy, _), text in found[0].items() if policy == "full"}
+    assert lengths[0] < lengths[1] < lengths[2]
+
+
 def test_losses_are_those_of_the_patched_model(evaluation, tmp_path):
     task = Lengths("perplexity")
     journal = Journal(tmp_path / "samples.jsonl", {})
@@ -110,6 +130,33 @@ def test_results_of_another_run_are_not_mixed_in(tmp_path):
     Journal(tmp_path / "samples.jsonl", {"seed": 0})
     with pytest.raises(ThinkKVError, match="seed"):
         Journal(tmp_path / "samples.jsonl", {"seed": 1})
+
+
+def test_a_policy_with_a_profile_is_added_to_a_folder(evaluation, tmp_path):
+    path = tmp_path / "samples.jsonl"
+    evaluation.run(evaluation.cells([Lengths()], [150], ["after"]), 1, Journal(path, {}, {}), lambda label: iter)
+    before = path.read_bytes()
+    profile = {"prompts": 8, "sha256": "a"}
+    added = Journal(path, {}, {"retrieval-kv": profile})
+    assert path.read_bytes().partition(b"\n")[2] == before.partition(b"\n")[2]
+    assert len(added.outcomes) == len(POLICIES)
+    assert Journal(path, {}, {}).profiles == {"retrieval-kv": profile}  # and one without is added to that
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(None, {"sha256": "a"}), ({"sha256": "a"}, None), ({"sha256": "a"}, {"sha256": "b"})],
+    ids=["none, then one", "one, then none", "two"],
+)
+def test_a_policy_keeps_its_profile_in_a_folder(evaluation, tmp_path, first, then):
+    path = tmp_path / "samples.jsonl"
+    journal = Journal(path, {}, {"task-kv": first})
+    evaluation.run(evaluation.cells([Lengths()], [150], ["after"]), 1, journal, lambda label: iter)
+    before = path.read_bytes()
+    with pytest.raises(ThinkKVError, match="profile of task-kv"):
+        Journal(path, {}, {"task-kv": then})
+    assert path.read_bytes() == before
+    assert len(Journal(path, {}, {"task-kv": first}).outcomes) == len(POLICIES)
 
 
 def test_an_impossible_ratio_is_refused_before_anything_runs(evaluation, tmp_path):

@@ -7,6 +7,8 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +18,7 @@ from thinkkv.patches.errors import MissingExtraError, ThinkKVError
 from thinkkv.sdk.evaluation.filler import sentences, vocabulary
 from thinkkv.sdk.evaluation.tasks import GENERATED, task_named
 from thinkkv.sdk.evaluation.tasks.haystack_reasoning import OBJECTS, PEOPLE, PLACES
-from thinkkv.sdk.evaluation.tasks.perplexity import CONTINUATION
+from thinkkv.sdk.evaluation.tasks.perplexity import CONTINUATION, Perplexity
 from thinkkv.sdk.evaluation.tasks.word_count import WORDS
 
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -116,6 +118,24 @@ def test_a_size_below_the_task_itself_is_refused():
 def test_an_unknown_task_is_refused_with_the_known_ones():
     with pytest.raises(ThinkKVError, match="niah-single"):
         task_named("needle", read)
+
+
+class CountingTokenizer:
+    """Notes how often it is called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, text: str) -> Any:
+        self.calls += 1
+        return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+
+
+def test_a_text_is_tokenized_once():
+    task, tokenizer = Perplexity(" ".join(map(str, range(500)))), CountingTokenizer()
+    passages = {task.sample(tokenizer, 200, number, 0).context for number in range(4)}
+    assert len(passages) == 4
+    assert tokenizer.calls == 1
 
 
 def test_passages_of_a_text_are_its_own_and_differ(tmp_path):

@@ -35,7 +35,9 @@ class Perplexity(Task):
         Raises:
             ThinkKVError: the text is shorter than one passage.
         """
-        ids = self._ids.setdefault(id(tokenizer), tokenizer(self.text).input_ids)
+        if id(tokenizer) not in self._ids:
+            self._ids[id(tokenizer)] = tokenizer(self.text).input_ids
+        ids = self._ids[id(tokenizer)]
         places = len(ids) - size
         if places <= 0:
             raise ThinkKVError(
