@@ -50,7 +50,8 @@ class OnnxContender(Contender):
     def held(self) -> Held:
         """Of the bound buffers."""
         assert self._conversation is not None
-        return Held(**self._conversation.bytes)
+        held = self._conversation.bytes
+        return Held(held["physical"], held["used"], held["full"])
 
 
 def of_job(job: Mapping[str, Any]) -> tuple[OnnxContender, list[int]]:

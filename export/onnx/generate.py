@@ -13,7 +13,7 @@ from thinkkv.export.onnx.session import Session, batch_refused
 from thinkkv.export.onnx.slots import Slots
 from thinkkv.export.onnx.tokenizer import BundleTokenizer
 from thinkkv.patches.errors import BundleError, ExportError
-from thinkkv.sdk.block import BLOCK_FILE
+from thinkkv.sdk.block import BLOCK_FILE, Block
 
 GENAI_FILE = "genai_config.json"
 
@@ -97,14 +97,13 @@ def generate_bundle(
             echo(text[len(shown) :])
             shown = text
     end = time.perf_counter()
-    held = conversation.bytes
     return BundleText(
         text=tokenizer.decode(tokens),
         prompt_tokens=len(ids),
         new_tokens=len(tokens),
         prefill_seconds=first - start,
         decode_seconds=end - first,
-        bytes={"full": held["full"], "promised": held["used"], "planned": held["used"], **held},
+        bytes=conversation.bytes,
     )
 
 
@@ -112,15 +111,17 @@ def settings_of(folder: Path) -> tuple[dict[str, Any], Slots | None]:
     """The model's part of ``genai_config.json``, and the slots of the bounded caches.
 
     Raises:
-        BundleError: the folder holds no bundle that plain ONNX Runtime can run here.
+        BundleError: the folder holds no bundle that plain ONNX Runtime can run here, or one newer than this thinkkv.
     """
+    Block.read(folder)
     try:
         config = json.loads((folder / GENAI_FILE).read_text(encoding="utf-8"))["model"]
         runtime = json.loads((folder / BLOCK_FILE).read_text(encoding="utf-8"))["onnx"]
-    except (OSError, ValueError, KeyError) as error:
+        provider, slots = runtime["provider"], Slots(**runtime["slots"]) if runtime["slots"] else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{folder} is no ONNX bundle ({error}) - export one with `thinkkv export`") from error
-    if runtime["provider"] != "cpu":
+    if provider != "cpu":
         raise BundleError(
-            f"{folder} was built for {runtime['provider']} - run it with onnxruntime-genai there, or export for the CPU"
+            f"{folder} was built for {provider} - run it with onnxruntime-genai there, or export for the CPU"
         )
-    return config, Slots(**runtime["slots"]) if runtime["slots"] else None
+    return config, slots

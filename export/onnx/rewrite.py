@@ -69,10 +69,11 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots
             model.functions.extend([full_kv_cursor(), full_kv_attention()])
             cursors.append(_full_kv_cursor())
         nodes = [*cursors, *nodes]
-        _declare_one_sequence(graph)
     del graph.node[:]
     graph.node.extend(nodes)
     _replace_caches(graph, writer.inputs, writer.outputs)
+    if slots is not None:
+        _declare_one_sequence(graph)
     _set_opsets(model)
     return caches
 

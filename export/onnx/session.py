@@ -87,18 +87,21 @@ class Conversation:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Cache bytes: if every head kept every token, in use, and allocated."""
-        found = {"full": 0, "used": 0, "physical": 0}
-        row_bytes = {True: 0, False: 0}
+        """Cache bytes by name.
+
+        ``full``: if every head kept every token; ``promised``: full heads all, the others as many as they have slots;
+        ``planned`` and ``used``: what the keep rule has in use; ``physical``: allocated.
+        """
+        found = dict.fromkeys(("full", "promised", "planned", "used", "physical"), 0)
         for buffer, bounded in self._buffers:
             _, heads, length, dim = buffer.shape()
-            size = 2 if buffer.data_type() == "tensor(float16)" else 4
-            row_bytes[bounded] += heads * dim * size
-            in_use = self._slots.in_use(self.seen) if bounded and self._slots else self.seen
-            found["used"] += heads * dim * size * in_use
-            found["physical"] += heads * dim * size * length
-        found["full"] = sum(row_bytes.values()) * self.seen
-        return found
+            row = heads * dim * (2 if buffer.data_type() == "tensor(float16)" else 4)
+            slots = self._slots if bounded else None
+            found["full"] += row * self.seen
+            found["promised"] += row * (min(self.seen, slots.capacity) if slots else self.seen)
+            found["used"] += row * (slots.in_use(self.seen) if slots else self.seen)
+            found["physical"] += row * length
+        return found | {"planned": found["used"]}
 
     def feed(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
         """Append tokens to the sequence.

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from thinkkv.patches.errors import ExportError
 from thinkkv.sdk.cli.console import console, print_json, progress, track
-from thinkkv.sdk.cli.options import budget_options, check_budget, dtype_option, json_option
+from thinkkv.sdk.cli.options import budget_options, check_budget, dtype_option, json_option, share_a_profile
 
 if TYPE_CHECKING:
     from thinkkv.export.newest import Choice
@@ -151,12 +152,23 @@ def _choice(
     if not model:
         console.print(f"exporting model {found.model} as in {found.found_in}", highlight=False)
     if policy is not None and policy != found.policy:
-        found = replace(found, policy=policy, profile=None)
+        shared = found.profile if share_a_profile(policy, found.policy) else None
+        found = replace(found, policy=policy, profile=shared)
+    _check_policy(found)
     if ratio is not None or budget is not None:
         found = replace(found, ratio=ratio, budget=budget)
     elif found.ratio is None and found.budget is None:
         found = replace(found, ratio=DEFAULT_RATIO)
     return replace(found, adapter=adapter or found.adapter, profile=profile or found.profile)
+
+
+def _check_policy(choice: Choice) -> None:
+    """Raise ExportError for a policy whose choice cannot be baked: it is made anew for every prompt."""
+    if choice.policy in (None, *EXPORT_POLICIES):
+        return
+    serving = [name for name in EXPORT_POLICIES if share_a_profile(name, choice.policy)]
+    instead = f"--policy {serving[0]}, which takes its profile" if serving else f"--policy {', '.join(EXPORT_POLICIES)}"
+    raise ExportError(f"{choice.found_in} is of {choice.policy}, which cannot be exported - name {instead}")
 
 
 def _baked(network: Any, tokenizer: Any, choice: Choice, context: int | None, label: str, location: str) -> Any:

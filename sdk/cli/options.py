@@ -29,9 +29,9 @@ PROFILE_SCORES = {"task-kv": "distance", "retrieval-kv": "retrieval", "rehearsed
 """The policies that take a profile, and which score it holds; repeated for the same reason."""
 
 
-def share_a_profile(policy: str | None, other: str) -> bool:
+def share_a_profile(policy: str | None, other: str | None) -> bool:
     """Whether a profile that was made for the other policy serves this one."""
-    return policy == other or (policy in PROFILE_SCORES and PROFILE_SCORES[policy] == PROFILE_SCORES.get(other))
+    return policy == other or (policy in PROFILE_SCORES and PROFILE_SCORES[policy] == PROFILE_SCORES.get(other or ""))
 
 
 def budget_options(command: Command) -> Command:

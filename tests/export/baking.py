@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
 
+from tests.tiny_models import prompts
 from thinkkv.patches.architecture import probe
 from thinkkv.patches.registry import architecture_of
+from thinkkv.sdk.cli import main
 from thinkkv.sdk.policies import TaskKV
 from thinkkv.sdk.profile import HeadProfile, fingerprint_of
 
@@ -41,3 +47,22 @@ def profile_of(model: Any, *, score: str = "distance", best_layer: int | None = 
 def dense_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         return model(ids, use_cache=False).logits
+
+
+def adapter_of(model: Any, folder: Path, base: str = "tiny-base") -> Any:
+    """A LoRA adapter with random weights, and the logits that it should give."""
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"]))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    wrapped.peft_config["default"].base_model_name_or_path = base
+    wrapped.save_pretrained(folder)
+    return dense_logits(wrapped, prompts((63,)).ids)
+
+
+def call(*arguments: str, code: int = 0) -> Any:
+    """Run the command line; its exit code is checked."""
+    done = CliRunner().invoke(main, list(arguments))
+    assert done.exit_code == code, done.output
+    return done

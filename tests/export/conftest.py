@@ -1,5 +1,25 @@
-"""The character tokenizer of the SDK's tests."""
+"""The character tokenizer of the SDK's tests, and a tiny checkpoint that has it."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.export.baking import profile_of
 from tests.sdk.conftest import char_tokenizer
+from tests.tiny_models import new_model
 
 __all__ = ["char_tokenizer"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, char_tokenizer: Any) -> Path:
+    """A tiny checkpoint with a profile beside it."""
+    folder = tmp_path_factory.mktemp("source") / "tiny"
+    model = new_model("llama", 4)
+    model.config.bos_token_id, model.config.eos_token_id = 1, 96
+    model.generation_config.eos_token_id = 96
+    model.save_pretrained(folder)
+    char_tokenizer.save_pretrained(folder)
+    profile_of(model).save(folder.parent / "profile")
+    return folder

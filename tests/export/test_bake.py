@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.export.baking import SMALL, dense_logits, profile_of
+from tests.export.baking import SMALL, adapter_of, dense_logits, profile_of
 from tests.tiny_models import new_model, prompts
 from thinkkv import sdk
 from thinkkv.export.bake import bake
@@ -87,18 +86,6 @@ def test_checkpoint_loads_stock_and_patched(family: str, char_tokenizer: Any, tm
     assert torch.equal(loaded.generate(ids, max_new_tokens=8, do_sample=False), expected)
     assert Block.read(tmp_path) == done.block
     assert json.loads((tmp_path / "config.json").read_text())["thinkkv"]["policy"] == "task-kv"
-
-
-def adapter_of(model: Any, folder: Path, base: str = "tiny-base") -> Any:
-    """A LoRA adapter with random weights, and the logits that it should give."""
-    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"]))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-    wrapped.peft_config["default"].base_model_name_or_path = base
-    wrapped.save_pretrained(folder)
-    return dense_logits(wrapped, prompts((63,)).ids)
 
 
 def test_an_adapter_is_merged(tmp_path: Path) -> None:

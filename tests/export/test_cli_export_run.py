@@ -12,29 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from tests.export.baking import profile_of
-from tests.tiny_models import new_model
+from tests.export.baking import call
 from thinkkv import sdk
+from thinkkv.export.onnx import session
 from thinkkv.patches.errors import BundleError
 from thinkkv.sdk import extras, generate_text, models
-from thinkkv.sdk.cli import main
 from thinkkv.sdk.manifest import verify, write_manifest
 from thinkkv.sdk.outputs import finish
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, char_tokenizer: Any) -> Path:
-    """A tiny checkpoint with a profile beside it."""
-    folder = tmp_path_factory.mktemp("source") / "tiny"
-    model = new_model("llama", 4)
-    model.config.bos_token_id, model.config.eos_token_id = 1, 96
-    model.generation_config.eos_token_id = 96
-    model.save_pretrained(folder)
-    char_tokenizer.save_pretrained(folder)
-    profile_of(model).save(folder.parent / "profile")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +36,6 @@ def bundle(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
         return work / json.loads(done.stdout)["folder"], json.loads(done.stdout)
     finally:
         os.chdir(before)
-
-
-def call(*arguments: str, code: int = 0) -> Any:
-    done = CliRunner().invoke(main, list(arguments))
-    assert done.exit_code == code, done.output
-    return done
 
 
 def test_the_bare_command_exports_the_newest_patch(bundle: tuple[Path, dict[str, Any]]) -> None:
@@ -107,7 +86,8 @@ def test_run_answers_without_torch(bundle: tuple[Path, dict[str, Any]]) -> None:
     assert result["prompt_tokens"] == 11
     assert 1 <= result["new_tokens"] <= 5
     assert set(result["seconds"]) == {"prefill", "decode"}
-    assert result["bytes"]["used"] <= result["bytes"]["full"]
+    held = result["bytes"]
+    assert held["used"] == held["planned"] <= held["promised"] <= held["full"]
 
 
 def test_a_changed_bundle_is_refused_before_it_is_loaded(bundle: tuple[Path, dict[str, Any]]) -> None:
@@ -120,6 +100,30 @@ def test_a_changed_bundle_is_refused_before_it_is_loaded(bundle: tuple[Path, dic
         path.write_bytes(content)
     assert "was changed since its export" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def newer_schema(content: dict[str, Any]) -> None:
+    content["schema"] = 99
+
+
+def unknown_slots(content: dict[str, Any]) -> None:
+    content["onnx"]["slots"]["rings"] = 3
+
+
+@pytest.mark.parametrize(("harm", "said"), [(newer_schema, "upgrade thinkkv"), (unknown_slots, "rings")])
+def test_a_bundle_that_says_what_is_not_known_here_is_not_run(
+    bundle: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Any, said: str
+) -> None:
+    folder = shutil.copytree(bundle[0], tmp_path / "copy")
+    content = json.loads((folder / "thinkkv.json").read_text())
+    harm(content)
+    (folder / "thinkkv.json").write_text(json.dumps(content))
+    write_manifest(folder)
+    monkeypatch.setattr(session, "Session", None)
+    stderr = call("run", str(folder), "--prompt", "x", code=1).stderr
+    assert said in " ".join(stderr.split())
+    assert len([line for line in stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in stderr
 
 
 def test_nothing_is_overwritten(bundle: tuple[Path, dict[str, Any]], checkpoint: Path) -> None:

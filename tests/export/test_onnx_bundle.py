@@ -225,7 +225,17 @@ def test_the_bounded_cache_is_really_smaller(make: Make) -> None:
     assert held["used"] <= held["physical"] <= 0.5 * held["full"]
     kept = bundle.slots.in_use(CONTEXT) if bundle.slots else 0
     rows = [CONTEXT * layer.full + kept * (4 - layer.full) for layer in bundle.baked.block.layers]
-    assert held["used"] == sum(rows) * 16 * 2 * 4
+    assert held["used"] == held["planned"] == sum(rows) * 16 * 2 * 4
+    slots = bundle.slots.capacity if bundle.slots else 0
+    rows = [CONTEXT * layer.full + slots * (4 - layer.full) for layer in bundle.baked.block.layers]
+    assert held["promised"] == sum(rows) * 16 * 2 * 4 <= 0.5 * held["full"]
+
+
+def test_a_short_text_is_promised_whole(make: Make) -> None:
+    bundle = make("llama3", 4, SMALL, 0.5)
+    conversation = Session(bundle.folder, threads=1).start(CONTEXT, bundle.slots)
+    conversation.feed(prompt(bundle.slots.capacity if bundle.slots else 0))
+    assert conversation.bytes["used"] == conversation.bytes["promised"] == conversation.bytes["full"]
 
 
 def test_a_conversation_that_is_too_long_is_refused(make: Make) -> None:
@@ -253,6 +263,8 @@ def test_the_runtime_refuses_a_batch_by_the_name_of_its_input(make: Make) -> Non
     parameters.set_search_options(max_length=100, batch_size=2)
     with pytest.raises(Exception, match=r"input_ids .*\n.* Got: 2 Expected: 1"):
         onnxruntime_genai.Generator(model, parameters).append_tokens(np.array([prompt(9), prompt(9)], dtype=np.int32))
+    inputs = onnx.load(bundle.folder / "model.onnx", load_external_data=False).graph.input
+    assert {value.type.tensor_type.shape.dim[0].dim_value for value in inputs} == {1}
 
 
 @pytest.mark.parametrize("case", CASES)
