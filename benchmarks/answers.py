@@ -9,6 +9,8 @@ from typing import Any
 
 from environment import save
 
+from thinkkv.patches.errors import ProfileMismatchError
+from thinkkv.sdk.calibration import calibrate
 from thinkkv.sdk.cli.console import track
 from thinkkv.sdk.evaluation.journal import Journal
 from thinkkv.sdk.evaluation.rows import rows
@@ -16,20 +18,48 @@ from thinkkv.sdk.evaluation.runner import Evaluation
 from thinkkv.sdk.evaluation.setting import Setting
 from thinkkv.sdk.evaluation.tasks import task_named
 from thinkkv.sdk.evaluation.tasks.task import Task
+from thinkkv.sdk.patching import apply
+from thinkkv.sdk.profile import HeadProfile
 
 RESULTS = Path(__file__).parent / "results"
+RETRIEVAL = RESULTS / "eval_2000" / "retrieval-profile"
+QUICK = Path("thinkkv-out", "quick")
 
 
-def parser(about: str | None, *, tasks: str, ratio: str) -> argparse.ArgumentParser:
+def parser(about: str | None, *, tasks: str, ratio: str = "") -> argparse.ArgumentParser:
     """Options that such comparisons share, with these defaults."""
     found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--model", default="smollm2-135m")
     found.add_argument("--dtype", default="bfloat16")
     found.add_argument("--tasks", default=tasks)
-    found.add_argument("--ratio", default=ratio)
+    if ratio:
+        found.add_argument("--ratio", default=ratio)
     found.add_argument("--context", type=int, default=2000)
     found.add_argument("--samples", type=int, default=25)
+    found.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    found.add_argument("--quick", action="store_true", help="a look: 600 tokens, one sample, below 3 minutes")
+    found.add_argument("--profile", type=Path, default=RETRIEVAL, help="for retrieval; calibrated if of another model")
     return found
+
+
+def quick(options: argparse.Namespace) -> argparse.Namespace:
+    """The options of a look, where one is wanted."""
+    if options.quick:
+        options.tasks = options.tasks.partition(",")[0]
+        options.context, options.samples = 600, 1
+        options.out = QUICK if options.out == RESULTS else options.out
+    return options
+
+
+def retrieval_scores(model: Any, tokenizer: Any, profile: Path) -> tuple[tuple[float, ...], ...]:
+    """Of a profile where it is this model's, else calibrated, which takes minutes."""
+    found = HeadProfile.load(profile)
+    try:
+        with apply(model, policy="full") as handle:
+            found.check(model, handle.shapes)
+    except ProfileMismatchError:
+        found = calibrate(model, tokenizer, score="retrieval", progress=track("calibrating heads by retrieval"))
+    return found.scores
 
 
 def ratios(options: argparse.Namespace) -> list[float]:
@@ -43,10 +73,11 @@ def task_of(name: str) -> Task:
 
 
 def compare(model: Any, tokenizer: Any, settings: Sequence[Setting], options: argparse.Namespace, name: str) -> None:
-    """Answer what ``results/<name>.jsonl`` does not hold yet, and write the means into ``results/<name>.json``."""
+    """Answer what ``<out>/<name>.jsonl`` does not hold yet, and write the means into ``<out>/<name>.json``."""
+    options.out.mkdir(parents=True, exist_ok=True)
     evaluation = Evaluation(model, tokenizer, settings, profiles={})
     tasks = [task_of(task) for task in options.tasks.split(",")]
     cells = evaluation.cells(tasks, [options.context], ["in-window", "after"])
-    journal = Journal(RESULTS / f"{name}.jsonl", evaluation.identity, evaluation.calibrations)
+    journal = Journal(options.out / f"{name}.jsonl", evaluation.identity, evaluation.calibrations)
     evaluation.run(cells, options.samples, journal, track)
-    save(RESULTS / f"{name}.json", {"rows": rows(journal, cells, settings, options.samples)})
+    save(options.out / f"{name}.json", {"rows": rows(journal, cells, settings, options.samples)})

@@ -2,6 +2,7 @@
 
     python benchmarks/head_choice.py                    # about 15 minutes a task on two cores; a killed run goes on
     python benchmarks/head_choice.py --tasks passkey --ratio 0.25
+    python benchmarks/head_choice.py --quick            # a look, below 3 minutes
 
 Rankings over all KV heads of the model, the best full as far as the budget goes (``retrieval-kv``'s rule): by the order
 in which an answer's loss lets them go (``elimination``, what ``retrieval-kv``'s profile holds), by their attention to
@@ -14,9 +15,10 @@ choice, not Task-KV's choice per prompt. Samples and answers go into ``results/h
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
-from answers import compare, parser, ratios
+from answers import compare, parser, quick, ratios, retrieval_scores
 from attention_mass import attention_mass
 
 from thinkkv import sdk
@@ -28,11 +30,11 @@ from thinkkv.sdk.policies import Full, RetrievalKV
 Scores = tuple[tuple[float, ...], ...]
 
 
-def rankings(model: Any, tokenizer: Any, chances: int) -> dict[str, Scores]:
+def rankings(model: Any, tokenizer: Any, profile: Path, chances: int) -> dict[str, Scores]:
     """Scores of every KV head, [layers][KV heads], by the name of the ranking."""
     distance = calibrate(model, tokenizer, score="distance").scores
     found = {
-        "elimination": calibrate(model, tokenizer, score="retrieval").scores,
+        "elimination": retrieval_scores(model, tokenizer, profile),
         "attention-mass": attention_mass(model, tokenizer),
         "farthest": distance,
         "nearest": tuple(tuple(-score for score in layer) for layer in distance),
@@ -57,9 +59,9 @@ def main() -> None:
     """Evaluate what is missing, then summarise."""
     arguments = parser(__doc__, tasks="niah-single", ratio="0.25,0.15")
     arguments.add_argument("--chances", type=int, default=3, help="random rankings")
-    options = arguments.parse_args()
+    options = quick(arguments.parse_args())
     model, tokenizer = sdk.load(options.model, dtype=options.dtype)
-    compared = settings(rankings(model, tokenizer, options.chances), ratios(options))
+    compared = settings(rankings(model, tokenizer, options.profile, options.chances), ratios(options))
     compare(model, tokenizer, compared, options, "head_choice")
 
 

@@ -1,6 +1,7 @@
 """Does a profile of one kind of task serve another? Task-KV's classes per prompt, and fixed by prompts of three kinds.
 
     python benchmarks/profile_transfer.py               # about half an hour on two cores; a killed run goes on
+    python benchmarks/profile_transfer.py --quick       # a look, below 3 minutes
 
 ``task-kv`` tells its full heads apart for each prompt. ``profile-TASK`` fixes them by the mean distance from the
 semantic center over eight prompts of that task, of another seed than the samples. Everything else is the same.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from answers import compare, parser, ratios, task_of
+from answers import compare, parser, quick, ratios, task_of
 
 from thinkkv import sdk
 from thinkkv.sdk.budget import Budget
@@ -33,7 +34,7 @@ def calibrated(model: Any, tokenizer: Any, source: str, context: int) -> Policy:
 def main() -> None:
     """Evaluate what is missing, then summarise."""
     arguments = parser(__doc__, tasks="niah-single,word-count", ratio="0.5")
-    options = arguments.parse_args()
+    options = quick(arguments.parse_args())
     model, tokenizer = sdk.load(options.model, dtype=options.dtype)
     policies: dict[str, Policy] = {"task-kv": TaskKV()}
     policies |= {f"profile-{source}": calibrated(model, tokenizer, source, options.context) for source in SOURCES}

@@ -74,7 +74,7 @@ class Evaluation:
     @property
     def calibrations(self) -> dict[str, Any]:
         """What the profile of every policy that takes one was calibrated on, None where heads are chosen per prompt."""
-        named = {profile_key(setting.name): self.profiles.get(setting.policy.name) for setting in self.settings}
+        named = {profile_key(setting.policy.name): self.profiles.get(setting.policy.name) for setting in self.settings}
         return {key: dict(found.calibration) if found else None for key, found in named.items() if key}
 
     def cells(self, tasks: Iterable[Task], sizes: Sequence[int], questions: Sequence[Question]) -> list[Cell]:

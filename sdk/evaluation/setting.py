@@ -10,7 +10,7 @@ from typing import Any
 
 from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.budget import Budget
-from thinkkv.sdk.policies import Full, Policy, policy_named
+from thinkkv.sdk.policies import POLICIES, Full, Policy, policy_named
 from thinkkv.sdk.profile import SCORES
 
 
@@ -71,8 +71,8 @@ def parse_policy(text: str) -> Policy:
 
 def profile_key(name: str) -> str | None:
     """Under which name the profile of a policy, options or not, is kept; None for one that takes none."""
-    score = policy_named(name.split("+")[0]).profile_score
-    return None if score is None else SCORES[score]
+    policy = POLICIES.get(name.split("+")[0])
+    return None if policy is None or policy.profile_score is None else SCORES[policy.profile_score]
 
 
 def _value(what: str, text: str, wanted: Any) -> Any:
