@@ -12,7 +12,7 @@ from thinkkv.sdk.evaluation.sample import Encoded, Sample
 from thinkkv.sdk.evaluation.tasks.task import Metric, Task
 
 CONTINUATION = 128
-"""Tokens whose loss counts."""
+"""Tokens to predict; the loss of the first, which the compressed beginning already predicts, does not count."""
 
 
 @dataclass(frozen=True)
