@@ -18,6 +18,7 @@ from thinkkv.sdk.evaluation.runner import Evaluation
 from thinkkv.sdk.evaluation.setting import Setting
 from thinkkv.sdk.evaluation.tasks import task_named
 from thinkkv.sdk.evaluation.tasks.task import Task
+from thinkkv.sdk.hidden_facts import builtin_prompts
 from thinkkv.sdk.patching import apply
 from thinkkv.sdk.profile import HeadProfile
 
@@ -60,6 +61,12 @@ def retrieval_scores(model: Any, tokenizer: Any, profile: Path) -> tuple[tuple[f
     except ProfileMismatchError:
         found = calibrate(model, tokenizer, score="retrieval", progress=track("calibrating heads by retrieval"))
     return found.scores
+
+
+def mean_distances(model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[tuple[float, ...], ...]:
+    """Distances from the semantic center over the built-in prompts; over one of them for a look."""
+    prompts = builtin_prompts()[:1] if options.quick else None
+    return calibrate(model, tokenizer, prompts, score="distance").scores
 
 
 def ratios(options: argparse.Namespace) -> list[float]:

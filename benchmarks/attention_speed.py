@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +30,8 @@ from thinkkv import sdk
 from thinkkv.kernels.arena import Arena
 from thinkkv.kernels.dispatch import row_operations
 from thinkkv.sdk.layer import HeterogeneousLayer
+from thinkkv.sdk.plan import PromptView
+from thinkkv.sdk.policies import task_kv
 
 LAYERS, KV_HEADS, GROUP, DIM = 30, 3, 3, 64
 """SmolLM2-135M's."""
@@ -133,29 +137,50 @@ def layouts(dtype: torch.dtype, tokens: int, turns: int) -> list[dict[str, Any]]
     return rows
 
 
+PARTS = {
+    "all": (HeterogeneousLayer, "compact"),
+    "window scores": (PromptView, "window_scores"),
+    "separator": (task_kv, "head_distances"),
+}
+"""What is timed of a prompt: all that is not stock, and two parts of it."""
+
+
+@contextmanager
+def stopwatches() -> Iterator[Counter[str]]:
+    """Seconds spent in each of the parts."""
+    spent: Counter[str] = Counter()
+
+    def timed(name: str, whole: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            found = whole(*args, **named)
+            spent[name] += time.perf_counter() - start
+            return found
+
+        return run
+
+    with ExitStack() as patches:
+        for name, (owner, attribute) in PARTS.items():
+            patches.enter_context(patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
+        yield spent
+
+
 @torch.inference_mode()
 def prefill(dtype: str, context: int, turns: int) -> list[dict[str, Any]]:
     """What share of a prompt's time goes to choosing and moving what is kept."""
     model, tokenizer = sdk.load("smollm2-135m", dtype=dtype)
     ids = prompt_batch(tokenizer, context, 1)
-    whole = HeterogeneousLayer.compact
     rows = []
     for policy in ("full", "task-kv"):
-        shares, seconds = [], []
+        shares: dict[str, list[float]] = {name: [] for name in PARTS}
+        seconds = []
         for _ in range(turns):
-            spent = 0.0
-
-            def timed(*args: Any) -> None:
-                nonlocal spent
-                start = time.perf_counter()
-                whole(*args)
-                spent += time.perf_counter() - start
-
-            with sdk.apply(model, policy=policy, ratio=0.25), patch.object(HeterogeneousLayer, "compact", timed):
+            with sdk.apply(model, policy=policy, ratio=0.25), stopwatches() as spent:
                 start = time.perf_counter()
                 model(ids, logits_to_keep=1)
                 seconds.append(time.perf_counter() - start)
-            shares.append(spent / seconds[-1])
+            for name in PARTS:
+                shares[name].append(spent[name] / seconds[-1])
         rows.append(
             {
                 "dtype": dtype,
@@ -163,7 +188,7 @@ def prefill(dtype: str, context: int, turns: int) -> list[dict[str, Any]]:
                 "context": context,
                 "policy": policy,
                 "prefill_seconds": round(statistics.median(seconds), 2),
-                "share_of_prefill": round(statistics.median(shares), 4),
+                "share_of_prefill": {name: round(statistics.median(found), 4) for name, found in shares.items()},
             }
         )
     return rows
@@ -181,7 +206,7 @@ def main() -> None:
     """Measure and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--tokens", default="500,2000,8000", help="held per row on average")
+    parser.add_argument("--tokens", default="500,2000,8000", help="held per row on average; empty leaves it out")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--prefill", type=int, default=8000, help="tokens of the prompt; 0 leaves it out")
@@ -192,7 +217,7 @@ def main() -> None:
     for threads in (int(text) for text in arguments.threads.split(",")):
         torch.set_num_threads(threads)
         for dtype in arguments.dtypes.split(","):
-            for tokens in (int(text) for text in arguments.tokens.split(",")):
+            for tokens in (int(text) for text in arguments.tokens.split(",") if text):
                 found["layouts"] += layouts(getattr(torch, dtype), tokens, arguments.turns)
                 show(found["layouts"][-len(LAYOUTS) :])
     if arguments.prefill:

@@ -1,6 +1,7 @@
 """Does an exported bundle say what PyTorch says? Greedy tokens and perplexity over real text.
 
     python benchmarks/export_equality.py --out benchmarks/results/export_equality.json
+    python benchmarks/export_equality.py --quick        # a look, below 3 minutes
 
 A float32 ONNX bundle must give the greedy tokens of the PyTorch path with the same profile and keep rule. Quantized
 weights cannot: for them the rows say how often they predict the same token when fed the same text, and the perplexity.
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from answers import RETRIEVAL
 from environment import save
 
 from thinkkv import sdk
@@ -33,6 +35,7 @@ from thinkkv.sdk.hidden_facts import builtin_prompts
 from thinkkv.sdk.policies import policy_named
 from thinkkv.sdk.profile import SCORES, score_for
 
+QUICK = {"prompts": [300], "new": 20, "scored": 32, "quantize": ["none"], "profile": RETRIEVAL}
 TEXT = Path(sdk.__path__[0]) / "prompts" / "demo.txt"
 
 
@@ -162,7 +165,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quantize", type=lambda text: text.split(","), default=["none", "int8", "int4"])
     parser.add_argument("--scratch", type=Path, help="folder for the bundles")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="a look: one prompt, float32 and GGUF")
+    arguments = parser.parse_args()
+    vars(arguments).update(QUICK if arguments.quick else {})
+    return arguments
 
 
 if __name__ == "__main__":

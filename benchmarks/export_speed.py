@@ -2,6 +2,7 @@
 
     python benchmarks/export_speed.py --folder speed --profile benchmarks/results/eval_2000/retrieval-profile \
            --out benchmarks/results/export_speed.json
+    python benchmarks/export_speed.py --folder scratch --quick         # a look, below 3 minutes
 
 All settings of one context stand ready at once, each in a process of its own, so that peak memory is its own. They
 prefill in turn and then decode in turn, a few tokens at a time, so that a machine that slows down slows all of them.
@@ -30,6 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from answers import RETRIEVAL
 from environment import save
 from export_runtimes import BUNDLES
 
@@ -38,6 +40,7 @@ from thinkkv.export.onnx.builder import EXTRA_OPTIONS
 SETTINGS = (*BUNDLES, "llama.cpp-q4_0", "torch-ours", "torch-stock")
 GOALS = {128: 0.95, 600: 0.95, 2048: 1.2, 7900: 2.4}
 """Decode speed as a multiple of the stock export's, by context."""
+QUICK = {"contexts": [128], "threads": [1], "rounds": 1, "new": 4, "profile": RETRIEVAL}
 Row = dict[str, Any]
 
 
@@ -236,7 +239,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=4096, help="tokens prefilled in all, at least one prompt")
     parser.add_argument("--folder", type=Path, required=True, help="where exported files and measurements are kept")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="a look: 128 tokens, one turn, one thread")
+    arguments = parser.parse_args()
+    vars(arguments).update(QUICK if arguments.quick else {})
+    return arguments
 
 
 if __name__ == "__main__":

@@ -15,31 +15,30 @@ choice, not Task-KV's choice per prompt. Samples and answers go into ``results/h
 from __future__ import annotations
 
 import random
-from pathlib import Path
+from argparse import Namespace
 from typing import Any
 
-from answers import compare, parser, quick, ratios, retrieval_scores
+from answers import compare, mean_distances, parser, quick, ratios, retrieval_scores
 from attention_mass import attention_mass
 
 from thinkkv import sdk
 from thinkkv.sdk.budget import Budget
-from thinkkv.sdk.calibration import calibrate
 from thinkkv.sdk.evaluation.setting import Setting
 from thinkkv.sdk.policies import Full, RetrievalKV
 
 Scores = tuple[tuple[float, ...], ...]
 
 
-def rankings(model: Any, tokenizer: Any, profile: Path, chances: int) -> dict[str, Scores]:
+def rankings(model: Any, tokenizer: Any, options: Namespace) -> dict[str, Scores]:
     """Scores of every KV head, [layers][KV heads], by the name of the ranking."""
-    distance = calibrate(model, tokenizer, score="distance").scores
+    distance = mean_distances(model, tokenizer, options)
     found = {
-        "elimination": retrieval_scores(model, tokenizer, profile),
+        "elimination": retrieval_scores(model, tokenizer, options.profile),
         "attention-mass": attention_mass(model, tokenizer),
         "farthest": distance,
         "nearest": tuple(tuple(-score for score in layer) for layer in distance),
     }
-    for seed in range(chances):
+    for seed in range(options.chances):
         chance = random.Random(seed)
         found[f"random-{seed}"] = tuple(tuple(chance.random() for _ in layer) for layer in distance)
     return found
@@ -61,7 +60,7 @@ def main() -> None:
     arguments.add_argument("--chances", type=int, default=3, help="random rankings")
     options = quick(arguments.parse_args())
     model, tokenizer = sdk.load(options.model, dtype=options.dtype)
-    compared = settings(rankings(model, tokenizer, options.profile, options.chances), ratios(options))
+    compared = settings(rankings(model, tokenizer, options), ratios(options))
     compare(model, tokenizer, compared, options, "head_choice")
 
 

@@ -14,15 +14,14 @@ means into ``results/head_choice_per_prompt.json``.
 from __future__ import annotations
 
 import random
-from pathlib import Path
+from argparse import Namespace
 from typing import Any
 
 import torch
-from answers import compare, parser, quick, retrieval_scores
+from answers import compare, mean_distances, parser, quick, retrieval_scores
 
 from thinkkv import sdk
 from thinkkv.sdk.budget import Budget
-from thinkkv.sdk.calibration import calibrate
 from thinkkv.sdk.evaluation.setting import Setting
 from thinkkv.sdk.plan import PromptView
 from thinkkv.sdk.policies import Full, TaskKV
@@ -38,14 +37,14 @@ class NearestFirst(TaskKV):
         return -super()._distances(prompt, scores)
 
 
-def settings(model: Any, tokenizer: Any, profile: Path) -> list[Setting]:
+def settings(model: Any, tokenizer: Any, options: Namespace) -> list[Setting]:
     """The full cache, and every choice of heads."""
-    average = calibrate(model, tokenizer, score="distance").scores
+    average = mean_distances(model, tokenizer, options)
     one = {
         "farthest": TaskKV(),
         "nearest": NearestFirst(),
         "farthest-profile": TaskKV(head_scores=average),
-        "elimination": TaskKV(head_scores=retrieval_scores(model, tokenizer, profile)),
+        "elimination": TaskKV(head_scores=retrieval_scores(model, tokenizer, options.profile)),
     }
     for seed in range(CHANCES):
         chance = random.Random(seed)
@@ -66,7 +65,7 @@ def main() -> None:
     """Evaluate what is missing, then summarise."""
     options = quick(parser(__doc__, tasks="niah-single,passkey").parse_args())
     model, tokenizer = sdk.load(options.model, dtype=options.dtype)
-    compare(model, tokenizer, settings(model, tokenizer, options.profile), options, "head_choice_per_prompt")
+    compare(model, tokenizer, settings(model, tokenizer, options), options, "head_choice_per_prompt")
 
 
 if __name__ == "__main__":

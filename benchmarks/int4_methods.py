@@ -1,6 +1,7 @@
 """What int4 weights cost: perplexity of the stock builder's graph by quantization method, and the size of its data.
 
     python benchmarks/int4_methods.py --out benchmarks/results/int4_methods.json
+    python benchmarks/int4_methods.py --quick           # a look, below 3 minutes
 
 The model is dense and its cache is full, so that nothing but the weights differs. A method is a set of options of
 onnxruntime-genai's model builder; `thinkkv export --quantize int4 --builder-option KEY=VALUE` takes the same.
@@ -43,7 +44,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=3000, help="of text that is scored")
     parser.add_argument("--scratch", type=Path, help="folder for the bundles")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="a look: float32 and int4, 300 tokens")
     arguments = parser.parse_args()
+    methods = METHODS
+    if arguments.quick:
+        arguments.tokens, methods = 300, {name: METHODS[name] for name in ("float32", "int4")}
     model, tokenizer = models.load(arguments.model, dtype="float32")
     ids = text_ids(tokenizer)[-arguments.tokens :]
     rows = []
@@ -51,7 +56,7 @@ def main() -> None:
         checkpoint = Path(scratch) / "checkpoint"
         model.save_pretrained(checkpoint)
         tokenizer.save_pretrained(checkpoint)
-        for number, (name, (precision, options)) in enumerate(METHODS.items()):
+        for number, (name, (precision, options)) in enumerate(methods.items()):
             folder = Path(scratch) / str(number)
             build_stock(checkpoint, folder, *options, precision=precision)
             size = (folder / f"{GRAPH_FILE}.data").stat().st_size

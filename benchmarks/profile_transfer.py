@@ -10,6 +10,7 @@ Samples and answers go into ``results/profile_transfer.jsonl``, means into ``res
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 from answers import compare, parser, quick, ratios, task_of
@@ -24,9 +25,10 @@ SOURCES = ("niah-single", "word-count", "perplexity")
 PROMPTS, SEED = 8, 7
 
 
-def calibrated(model: Any, tokenizer: Any, source: str, context: int) -> Policy:
+def calibrated(model: Any, tokenizer: Any, source: str, options: Namespace) -> Policy:
     """Task-KV with the classes that prompts of a task fix."""
-    samples = (task_of(source).sample(tokenizer, context, number, SEED) for number in range(PROMPTS))
+    prompts = 1 if options.quick else PROMPTS
+    samples = (task_of(source).sample(tokenizer, options.context, number, SEED) for number in range(prompts))
     prompts = [tokenizer.decode(sample.context + sample.question) for sample in samples]
     return calibrate(model, tokenizer, prompts).fix(TaskKV())
 
@@ -37,7 +39,7 @@ def main() -> None:
     options = quick(arguments.parse_args())
     model, tokenizer = sdk.load(options.model, dtype=options.dtype)
     policies: dict[str, Policy] = {"task-kv": TaskKV()}
-    policies |= {f"profile-{source}": calibrated(model, tokenizer, source, options.context) for source in SOURCES}
+    policies |= {f"profile-{source}": calibrated(model, tokenizer, source, options) for source in SOURCES}
     compared = [Setting("full", Full(), Budget(ratio=1.0))]
     compared += [Setting(name, policy, Budget(ratio=at)) for name, policy in policies.items() for at in ratios(options)]
     compare(model, tokenizer, compared, options, "profile_transfer")
