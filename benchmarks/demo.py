@@ -3,7 +3,7 @@
     make demo          (or: python benchmarks/demo.py --questions 3)
 
 Asks SmolLM2-135M about a text of more than 4,500 tokens under each policy, prints the answers, speeds and bytes, and
-writes the head maps. ``retrieval-kv`` is this project's own policy, beside the paper's.
+writes the head maps and ``result.json``. ``retrieval-kv`` is this project's own policy, beside the paper's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from environment import save
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +48,7 @@ def main() -> None:
     profiles = {score: calibrated(model, tokenizer, score, arguments.out) for score in ("distance", "retrieval")}
     settings = {"full": None, "task-kv": profiles["distance"], "retrieval-kv": profiles["retrieval"]}
     text = (PROMPTS / "demo.txt").read_text(encoding="utf-8").strip()
+    rows = []
     for asked in json.loads((PROMPTS / "demo_questions.json").read_text(encoding="utf-8"))[: arguments.questions]:
         console.rule(asked["question"])
         console.print(f"the fact stands in the {asked['where']} of the text; expected: [bold]{asked['answer']}[/bold]")
@@ -63,7 +65,9 @@ def main() -> None:
                 max_new_tokens=arguments.max_new_tokens,
             )
             show_answer(policy, answers[policy], asked["answer"])
+            rows.append({"question": asked["question"], "expected": asked["answer"], **row(answers[policy])})
         show_table(answers)
+    save(arguments.out / "result.json", {"rows": rows, "seconds": round(time.monotonic() - start, 1)})
     console.print(f"done in {time.monotonic() - start:.0f} s; head maps: {arguments.out}/*/heads.png")
 
 
@@ -78,6 +82,18 @@ def calibrated(model: Any, tokenizer: Any, score: str, out: Path) -> sdk.HeadPro
         profile.save(folder)
     console.print(f"head map by {score}: {folder / 'heads.png'}")
     return profile
+
+
+def row(done: Generated) -> dict[str, Any]:
+    """A generation as JSON values."""
+    return {
+        "policy": done.policy,
+        "text": done.text,
+        "prompt_tokens": done.prompt_tokens,
+        "prefill_seconds": round(done.prefill_seconds, 2),
+        "decode_tokens_per_second": round(done.tokens_per_second or 0, 1),
+        "bytes": vars(done.bytes),
+    }
 
 
 def show_answer(policy: str, done: Generated, expected: str) -> None:
