@@ -6,7 +6,6 @@ The head classes stand in ``thinkkv.*`` keys as JSON text, for an engine that kn
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,13 @@ from typing import Any
 import torch
 
 from thinkkv.export.bake import Baked
+from thinkkv.export.gguf_tokenizer import write_tokenizer
 from thinkkv.export.onnx.builder import Quantize
 from thinkkv.patches.errors import ExportError
 from thinkkv.sdk.extras import require
 
 FAMILIES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """``model_type`` to llama.cpp's architecture."""
-
-PRETOKENIZERS = (("\\p{N}{1,3}", "llama-bpe"), ("(?i:'s|'t", "qwen2"), ('"individual_digits": true', "smollm"))
-"""What tells the splitting rules of byte-level tokenizers apart, and llama.cpp's name for each; else ``gpt-2``."""
 
 
 def write_gguf(baked: Baked, path: Path, *, quantize: Quantize = "none") -> None:
@@ -48,7 +45,7 @@ def write_gguf(baked: Baked, path: Path, *, quantize: Quantize = "none") -> None
     architecture = gguf.MODEL_ARCH[FAMILIES[config.model_type]]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     _write_geometry(writer, baked, quantize)
-    _write_tokenizer(writer, baked)
+    write_tokenizer(writer, baked)
     _write_classes(writer, baked)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     interleaved = architecture == gguf.MODEL_ARCH.LLAMA
@@ -136,62 +133,3 @@ def _write_classes(writer: Any, baked: Baked) -> None:
     writer.add_string("thinkkv.policy", json.dumps({"name": block.policy, **block.options}))
     writer.add_string("thinkkv.heterogeneous", json.dumps(block.heterogeneous))
     writer.add_string("thinkkv.budget", json.dumps(budget))
-
-
-def _write_tokenizer(writer: Any, baked: Baked) -> None:
-    """The vocabulary as ``tokenizer.json`` has it, special tokens and the chat template."""
-    import gguf
-
-    with tempfile.TemporaryDirectory() as folder:
-        baked.tokenizer.save_pretrained(folder)
-        path = Path(folder, "tokenizer.json")
-        if not path.is_file():
-            raise ExportError("the tokenizer has no fast form (tokenizer.json) - convert it with transformers first")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        model = content["model"]
-        if model["type"] != "BPE":
-            raise ExportError(f"GGUF export knows BPE tokenizers, not {model['type']} - use --format safetensors")
-        size = baked.model.config.vocab_size
-        special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=size)
-        tokens, types = _vocabulary(content, size)
-        writer.add_token_list(tokens)
-        writer.add_token_types(types)
-        if model.get("byte_fallback"):
-            writer.add_tokenizer_model("llama")
-            writer.add_token_scores([-float(rank) for rank in range(size)])  # earlier merges have smaller ids
-        else:
-            writer.add_tokenizer_model("gpt2")
-            writer.add_tokenizer_pre(_pretokenizer(content))
-        special.chat_template = special.chat_template or baked.tokenizer.chat_template
-        special.add_to_gguf(writer, quiet=True)
-    empty = baked.tokenizer("", add_special_tokens=True).input_ids
-    if "bos" not in special.add_special_token:
-        writer.add_add_bos_token(bool(empty) and empty[0] == baked.tokenizer.bos_token_id)
-
-
-def _vocabulary(content: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Tokens and their types by id; ids of the embedding that no token has are marked unused."""
-    from gguf import TokenType
-
-    by_id = {index: token for token, index in content["model"]["vocab"].items()}
-    types = {index: _plain_type(token, content) for index, token in by_id.items()}
-    for added in content.get("added_tokens", ()):
-        by_id[added["id"]] = added["content"]
-        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
-    return tokens, [types.get(index, TokenType.UNUSED) for index in range(size)]
-
-
-def _plain_type(token: str, content: Mapping[str, Any]) -> int:
-    from gguf import TokenType
-
-    is_byte = content["model"].get("byte_fallback") and len(token) == 6 and token.startswith("<0x")
-    return int(TokenType.BYTE if is_byte else TokenType.NORMAL)
-
-
-def _pretokenizer(content: Mapping[str, Any]) -> str:
-    """llama.cpp's name of how the tokenizer splits text."""
-    rules = json.dumps(content["pre_tokenizer"]).replace("\\\\", "\\")
-    if "ByteLevel" not in rules:
-        raise ExportError("GGUF export knows byte-level and byte-fallback tokenizers only - use --format safetensors")
-    return next((name for sign, name in PRETOKENIZERS if sign in rules), "gpt-2")

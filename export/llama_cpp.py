@@ -1,8 +1,11 @@
-"""Greedy text of a GGUF file in stock llama.cpp, through the prebuilt package xllamacpp."""
+"""Tokens and greedy text of a GGUF file in stock llama.cpp, through the prebuilt package xllamacpp."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import closing
+from http.client import HTTPConnection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +46,15 @@ class LlamaCpp:
         except Exception as error:
             raise ExportError(f"llama.cpp cannot load {path} ({error}) - export again") from error
 
+    def tokens(self, text: str) -> list[int]:
+        """Ids of a text, with the special tokens in it and what the file adds around it."""
+        connection = HTTPConnection(self._server.listening_address.removeprefix("http://"))
+        request = json.dumps({"content": text, "add_special": True, "parse_special": True})
+        connection.request("POST", "/tokenize", request, {"Content-Type": "application/json"})
+        with closing(connection), connection.getresponse() as response:
+            ids: list[int] = json.load(response)["tokens"]
+        return ids
+
     def complete(
         self, prompt: str | Sequence[int], new: int, *, ignore_end: bool = False, reuse_cache: bool = False
     ) -> dict[str, Any]:
@@ -57,19 +69,25 @@ class LlamaCpp:
         Returns:
             llama.cpp's answer: ``choices`` with the text, ``usage``, ``timings``.
         """
+        return self._answer(prompt, new, ignore_eos=ignore_end, cache_prompt=reuse_cache)
+
+    def text(self, prompt: str | Sequence[int], new: int) -> str:
+        """Only the text of ``complete``."""
+        return str(self.complete(prompt, new)["choices"][0]["text"])
+
+    def greedy_tokens(self, prompt: str | Sequence[int], new: int) -> list[int]:
+        """Ids of the continuation, the end of text among them where it is reached."""
+        return list(self._answer(prompt, new, verbose=True, return_tokens=True)["__verbose"]["tokens"])
+
+    def _answer(self, prompt: str | Sequence[int], new: int, **options: bool) -> dict[str, Any]:
         request = {
             "prompt": prompt if isinstance(prompt, str) else list(prompt),
             "max_tokens": new,
             "temperature": 0.0,
             "top_k": 1,
-            "cache_prompt": reuse_cache,
-            "ignore_eos": ignore_end,
+            "cache_prompt": False,
         }
-        answer: dict[str, Any] = self._server.handle_completions(request)
+        answer: dict[str, Any] = self._server.handle_completions(request | options)
         if "choices" not in answer:
             raise ExportError(f"llama.cpp refused the prompt ({answer}) - check its length against --context")
         return answer
-
-    def text(self, prompt: str | Sequence[int], new: int) -> str:
-        """Only the text of ``complete``."""
-        return str(self.complete(prompt, new)["choices"][0]["text"])

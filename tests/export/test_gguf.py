@@ -18,6 +18,7 @@ from tests.tiny_models import VOCABULARY, new_model, prompts
 from thinkkv.export.bake import Baked, bake
 from thinkkv.export.gguf import write_gguf
 from thinkkv.export.llama_cpp import LlamaCpp
+from thinkkv.export.verification import NEW, verify_gguf
 from thinkkv.patches.errors import ExportError
 from thinkkv.sdk.budget import Budget
 
@@ -100,3 +101,60 @@ def test_classes_and_template_are_in_the_file(tokenizer: Any, tmp_path: Path) ->
 def test_sliding_windows_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="sliding windows"):
         write_gguf(baked("mistral-window", tokenizer), tmp_path / "model.gguf")
+
+
+def coarse_in_float16(done: Baked) -> None:
+    """Large times small: the product stays, the small factor is so small that float16 keeps few of its digits."""
+    with torch.no_grad():
+        for layer in done.model.model.layers:
+            layer.mlp.up_proj.weight.mul_(2e-6)
+            layer.mlp.gate_proj.weight.mul_(1e4)
+            layer.mlp.down_proj.weight.mul_(50.0)
+
+
+def test_a_file_is_verified_against_the_weights_that_it_has(tokenizer: Any, tmp_path: Path) -> None:
+    done = baked("llama", tokenizer)
+    coarse_in_float16(done)
+    write_gguf(done, tmp_path / "model.gguf")
+    verified = verify_gguf(done, tmp_path / "model.gguf")
+    assert verified.greedy_tokens_equal is True
+    assert verified.compared > NEW
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_verifying_leaves_the_model_as_it_was(dtype: torch.dtype, tokenizer: Any, tmp_path: Path) -> None:
+    done = baked("llama", tokenizer)
+    for parameter in done.model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    before = copy.deepcopy(done.model.state_dict())
+    write_gguf(done, tmp_path / "model.gguf")
+    assert verify_gguf(done, tmp_path / "model.gguf").greedy_tokens_equal is True
+    for name, tensor in done.model.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize(("step", "equal"), [(1, True), (2, False)], ids=["the twin", "another"])
+def test_only_a_close_call_may_fall_otherwise(
+    step: int, equal: bool, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = baked("llama", tokenizer)
+    with torch.no_grad():
+        done.model.lm_head.weight[2::2] = done.model.lm_head.weight[1:-1:2]  # 1 and 2 are as probable, 3 and 4, ...
+    write_gguf(done, tmp_path / "model.gguf")
+    real = LlamaCpp.greedy_tokens
+    # Equal logits: both choose the first of the twins, and here llama.cpp chooses what follows it.
+    monkeypatch.setattr(
+        LlamaCpp,
+        "greedy_tokens",
+        lambda self, *rest: [token + step for token in real(self, *rest) if token + step < 97],
+    )
+    assert verify_gguf(done, tmp_path / "model.gguf").greedy_tokens_equal is equal
+
+
+def test_another_models_file_is_found(tokenizer: Any, tmp_path: Path) -> None:
+    done = baked("llama", tokenizer)
+    write_gguf(done, tmp_path / "model.gguf")
+    with torch.no_grad():
+        done.model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
+    assert verify_gguf(done, tmp_path / "model.gguf").greedy_tokens_equal is False
