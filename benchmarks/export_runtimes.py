@@ -174,7 +174,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--room", type=int, required=True, help="tokens that may follow the prompt")
-    parser.add_argument("--filled", action="store_true", help="no prompt: a cache that is said to be full")
+    parser.add_argument(
+        "--filled", action="store_true", help="no prompt for ONNX Runtime: a cache that is said to be full"
+    )
     arguments = parser.parse_args()
     runtime = _load(arguments)
     for answer in (_answer(runtime, line.split()) for line in _requests()):
@@ -197,7 +199,7 @@ def _answer(runtime: Runtime, request: list[str]) -> Any:
 
 def _load(arguments: argparse.Namespace) -> Runtime:
     folder, setting, threads, room = arguments.folder, arguments.setting, arguments.threads, arguments.room
-    if arguments.filled:
+    if arguments.filled and setting in BUNDLES:
         return FilledOnnx(folder / BUNDLES[setting], arguments.context, threads, room)
     ids = _ids(folder, arguments.context)
     if setting in BUNDLES:
