@@ -1,5 +1,5 @@
 # make demo    patch and run a real model on this machine
-# make test    run the tests
+# make test    run the tests, JOBS=2 files at a time
 # make lint    style and types
 #
 # On Linux, PyPI's torch is the CUDA build. For the smaller CPU build:
@@ -10,6 +10,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +24,7 @@ demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
