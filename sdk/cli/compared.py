@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from thinkkv.sdk.cli.console import console, progress, track
+from thinkkv.sdk.cli.console import console, track
+from thinkkv.sdk.cli.loading import load
 from thinkkv.sdk.cli.options import POLICY_NAMES, Command
 
 if TYPE_CHECKING:
@@ -84,12 +85,7 @@ class Compared:
 
     def load(self, dtype: str | None) -> tuple[Any, Any]:
         """Model and tokenizer."""
-        from thinkkv.sdk import model_sources, models
-
-        source = model_sources.resolve(self.model)
-        model_sources.fetch(source)
-        with progress(f"loading {source.label}"):
-            return models.load(self.model, dtype=dtype)
+        return load(self.model, dtype)
 
     def profiles(
         self, network: Any, tokenizer: Any, settings: Iterable[Setting], folder: Path

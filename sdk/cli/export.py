@@ -12,6 +12,7 @@ import click
 
 from thinkkv.patches.errors import ExportError
 from thinkkv.sdk.cli.console import console, print_json, progress, track
+from thinkkv.sdk.cli.loading import load
 from thinkkv.sdk.cli.options import budget_options, check_budget, dtype_option, json_option, share_a_profile
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def export(
     from thinkkv.export.staging import check_target
 
     choice = _choice(model, adapter, profile, policy, ratio, budget)
-    from thinkkv.sdk import model_sources, models
+    from thinkkv.sdk import model_sources
     from thinkkv.sdk.outputs import default_folder
 
     source = model_sources.resolve(choice.model)
@@ -102,9 +103,7 @@ def export(
 
         check_installed()
         check_options(builder_options)
-    model_sources.fetch(source)
-    with progress(f"loading {source.label}"):
-        network, tokenizer = models.load(choice.model, dtype=dtype)
+    network, tokenizer = load(choice.model, dtype)
     baked = _baked(network, tokenizer, choice, context, source.label, source.location)
     from thinkkv.export.export import export as write
 

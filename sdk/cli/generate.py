@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from thinkkv.sdk.cli.console import console, print_json, progress
+from thinkkv.sdk.cli.console import console, print_json
+from thinkkv.sdk.cli.loading import load
 from thinkkv.sdk.cli.options import (
     budget_options,
     check_budget,
@@ -84,12 +85,7 @@ def generate(
     if model is None:
         model, profile, policy, ratio, budget = _newest(profile, policy, ratio, budget)
     profile, policy, ratio, budget = _as_baked(model, profile, policy, ratio, budget)
-    from thinkkv.sdk import model_sources, models
-
-    source = model_sources.resolve(model)
-    model_sources.fetch(source)
-    with progress(f"loading {source.label}"):
-        network, tokenizer = models.load(model, dtype=dtype)
+    network, tokenizer = load(model, dtype)
     from thinkkv.sdk.generate_text import generate_text
 
     done = generate_text(

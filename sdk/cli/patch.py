@@ -11,6 +11,7 @@ import click
 
 from thinkkv.patches.errors import ThinkKVError
 from thinkkv.sdk.cli.console import console, print_json, progress, track
+from thinkkv.sdk.cli.loading import load
 from thinkkv.sdk.cli.options import (
     PROFILE_SCORES,
     budget_options,
@@ -76,14 +77,12 @@ def patch(
     start = time.monotonic()
     policy, score = _policy_and_score(policy, score)
     prompts = None if task is None else _task_prompts(task)
-    from thinkkv.sdk import model_sources, models
+    from thinkkv.sdk.model_sources import resolve
     from thinkkv.sdk.outputs import finish, output_folder
 
-    source = model_sources.resolve(model)
+    resolve(model)  # before a folder is made for it
     folder = output_folder("patch", f"{Path(model).name}-{policy}", out)
-    model_sources.fetch(source)
-    with progress(f"loading {source.label}"):
-        network, tokenizer = models.load(model, dtype=dtype)
+    network, tokenizer = load(model, dtype)
     result = _run(network, tokenizer, policy, score, ratio, budget, prompts, folder)
     result = {"model": model, **result, "seconds": round(time.monotonic() - start, 2)}
     finish(folder, result)
