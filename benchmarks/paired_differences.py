@@ -3,7 +3,8 @@
     python benchmarks/paired_differences.py benchmarks/results/eval_several_numbers/samples.jsonl
     python benchmarks/paired_differences.py benchmarks/results/head_choice_per_prompt.jsonl --to farthest:0.5
 
-Differences of single samples vary less than scores do, so that they show losses which two intervals would hide.
+Differences of single samples vary less than scores do, so that they show losses which two intervals would hide. The
+score of a perplexity is the mean loss in nats: there more is worse.
 """
 
 from __future__ import annotations
