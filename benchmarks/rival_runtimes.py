@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from export_speed import build_stock
 from transformers import AutoConfig, AutoTokenizer
 
 from thinkkv.sdk.cli import main as thinkkv
+from thinkkv.sdk.evaluation.scoring import share_found
 
 RIVALS = Path(__file__).with_name("rivals")
 QUICK = {"contexts": [256], "rounds": 1, "samples": 2, "tasks": "niah-single", "context": 600}
@@ -115,18 +115,12 @@ def _answers(options: argparse.Namespace, setting: Setting) -> Iterator[Row]:
         found = [json.loads(line) for line in out.read_text().splitlines()]
         for task in dict.fromkeys(sample["task"] for sample in samples):
             scores = [
-                _score(sample, tokenizer.decode(row["said"], skip_special_tokens=True))
+                share_found(sample["answers"], tokenizer.decode(row["said"], skip_special_tokens=True))
                 for sample, row in zip(samples, found, strict=True)
                 if sample["task"] == task
             ]
             row = {"setting": setting.name, "weights": setting.weights, "task": task, "question": question}
             yield row | {"samples": len(scores), "score": round(statistics.mean(scores), 4)}
-
-
-def _score(sample: Mapping[str, Any], text: str) -> float:
-    """Share of the expected words that stand in the text."""
-    found = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in sample["answers"]]
-    return sum(match is not None for match in found) / len(found)
 
 
 def _speeds(options: argparse.Namespace) -> Iterator[Row]:

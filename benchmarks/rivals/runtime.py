@@ -177,7 +177,7 @@ class LlamaCpp:
         self._options.model.path = str(file)
         self._options.n_parallel, self._options.warmup, self._options.verbosity = 1, False, -1
         self._options.cpuparams.n_threads = self._options.cpuparams_batch.n_threads = threads
-        self._runtime, self._room, self._server, self._tokens = xllamacpp, room, None, 0
+        self._runtime, self._room, self._server = xllamacpp, room, None
 
     def answer(self, turns: Sequence[list[int]], new: int) -> list[int]:
         ids = [token for turn in turns for token in turn]
@@ -187,11 +187,10 @@ class LlamaCpp:
 
     def speed(self, ids: list[int], new: int) -> tuple[float, list[float]]:
         timings = self._complete(ids, new + 1, ignore_eos=True)["timings"]
-        self._tokens = len(ids) + new
         return timings["prompt_ms"] / 1000, [timings["predicted_per_token_ms"] / 1000] * new
 
     def cache_bytes(self) -> int:
-        return 0  # it does not say; compare.py counts what the geometry needs in float16
+        return 0  # it does not say; rival_runtimes.py counts what the geometry needs in float16
 
     def _complete(self, ids: list[int], new: int, **options: Any) -> dict[str, Any]:
         if self._server is None:

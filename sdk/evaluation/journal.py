@@ -76,7 +76,7 @@ class Journal:
         rows = self._read(head) if path.exists() else []
         known = dict(self.profiles)
         self._take_over(calibrations)
-        if not path.exists() or not rows or self.profiles != known:
+        if not rows or self.profiles != known:
             lines = [json.dumps(row, ensure_ascii=False) for row in [head | {"profiles": self.profiles}, *rows[1:]]]
             write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
