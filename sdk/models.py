@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkkv.patches.errors import MissingExtraError, ModelNotFoundError, ThinkKVError, UnsupportedModelError
+from thinkkv.sdk.gguf_tokenizer import read_as_the_file_says
 from thinkkv.sdk.model_sources import fetch, first_line, resolve
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 KEEP_CONVERTED_BELOW = 512 * 2**20
 """GGUF files up to this size are kept converted on disk, where they take up to eight times their size."""
+
+CONVERSION = 2
+"""Counted up whenever the same file is converted otherwise than before: what was kept then is not used."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -144,6 +148,7 @@ def _dequantize(path: Path, label: str, dtype: torch.dtype) -> tuple[Any, Any]:
             "transformers does not read from GGUF; get the file again, or name a checkpoint folder"
         ) from error
     _refuse_missing(loaded, label)
+    read_as_the_file_says(tokenizer, path)
     return model, tokenizer
 
 
@@ -152,7 +157,7 @@ def _kept_folder(path: Path) -> Path:
     from transformers import __version__  # heavy: not for those who only resolve
 
     stat = path.stat()
-    identity = f"{path}|{stat.st_size}|{stat.st_mtime_ns}|{__version__}"
+    identity = f"{path}|{stat.st_size}|{stat.st_mtime_ns}|{__version__}|{CONVERSION}"
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root, "thinkkv", "gguf", f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
 

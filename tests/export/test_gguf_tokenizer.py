@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.export.baking import SMALL, profile_of
 from tests.tiny_models import new_model
+from thinkkv import sdk
 from thinkkv.export.bake import Baked, bake
 from thinkkv.export.export import export
 from thinkkv.export.gguf import write_gguf
@@ -257,11 +258,18 @@ def baked(tokenizer: Any) -> Baked:
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
-def reading(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Any, LlamaCpp]:
-    """A kind, its tokenizer and the exported file in llama.cpp."""
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Any, Path]:
+    """A kind, its tokenizer and the exported file."""
     case: Case = request.param
     tokenizer, path = case.build(), tmp_path_factory.mktemp("gguf") / "model.gguf"
     write_gguf(baked(tokenizer), path)
+    return case, tokenizer, path
+
+
+@pytest.fixture(scope="module")
+def reading(written: tuple[Case, Any, Path]) -> tuple[Case, Any, LlamaCpp]:
+    """The file in llama.cpp."""
+    case, tokenizer, path = written
     return case, tokenizer, LlamaCpp(path, context=128)
 
 
@@ -277,6 +285,19 @@ def test_any_string_becomes_the_tokenizers_tokens(reading: tuple[Case, Any, Llam
     case, tokenizer, runtime = reading
     text = case.readable("".join(pieces))
     assert runtime.tokens(text) == tokenizer(text).input_ids
+
+
+def test_the_file_loads_again_with_the_same_tokens_and_text(
+    written: tuple[Case, Any, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    case, tokenizer, path = written
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    converted, kept = sdk.load(path)[1], sdk.load(path)[1]
+    for text in map(case.readable, STRINGS):
+        ids = tokenizer(text).input_ids
+        for again in (converted, kept):
+            assert again(text).input_ids == ids, text
+            assert again.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True), text
 
 
 def test_splitting_rules_differ_on_the_strings() -> None:
