@@ -19,7 +19,6 @@ from thinkkv.sdk.evaluation.setting import Setting
 from thinkkv.sdk.evaluation.tasks import task_named
 from thinkkv.sdk.evaluation.tasks.task import Task
 from thinkkv.sdk.hidden_facts import builtin_prompts
-from thinkkv.sdk.patching import apply
 from thinkkv.sdk.profile import HeadProfile
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,8 +55,7 @@ def retrieval_scores(model: Any, tokenizer: Any, profile: Path) -> tuple[tuple[f
     """Of a profile where it is this model's, else calibrated, which takes minutes."""
     found = HeadProfile.load(profile)
     try:
-        with apply(model, policy="full") as handle:
-            found.check(model, handle.shapes)
+        found.check(model)
     except ProfileMismatchError:
         found = calibrate(model, tokenizer, score="retrieval", progress=track("calibrating heads by retrieval"))
     return found.scores

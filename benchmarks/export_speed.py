@@ -174,21 +174,13 @@ def _prepare(arguments: argparse.Namespace) -> None:
     profile = sdk.HeadProfile.load(given) if given else sdk.calibrate(model, tokenizer, score=score)
     longest = max(arguments.contexts)
     if longest >= arguments.filled:
-        shapes = _shapes(model)
         config = copy.deepcopy(model.config)
         config.max_position_embeddings = longest + 1024
         config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
         random = type(model)(config).eval()
-        _export(arguments, random, tokenizer, replace(profile, fingerprint=fingerprint_of(random, shapes)), longest)
+        _export(arguments, random, tokenizer, replace(profile, fingerprint=fingerprint_of(random)), longest)
     _export(arguments, model, tokenizer, profile, None)
     (folder / "ready").touch()
-
-
-def _shapes(model: Any) -> Any:
-    from thinkkv.patches.architecture import probe
-    from thinkkv.patches.registry import architecture_of
-
-    return probe(architecture_of(model.config), model)
 
 
 def _export(arguments: argparse.Namespace, model: Any, tokenizer: Any, profile: Any, context: int | None) -> None:

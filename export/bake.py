@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from thinkkv.export.adapter import merge_adapter
-from thinkkv.patches.architecture import LayerShape, attention_modules, probe
+from thinkkv.patches.architecture import LayerShape, attention_modules
 from thinkkv.patches.errors import ExportError
-from thinkkv.patches.registry import architecture_of
+from thinkkv.patches.registry import architecture_of, shapes_of
 from thinkkv.sdk.block import Block, LayerClasses
 from thinkkv.sdk.budget import Budget
 from thinkkv.sdk.compression import Compression
@@ -79,13 +79,13 @@ def bake(
         ProfileMismatchError: so does the profile.
         BudgetError: the budget cannot be met.
     """
-    shapes = probe(architecture_of(model.config), model)
+    shapes = shapes_of(model)
     if profile is not None:
-        profile.check(model, shapes)
+        profile.check(model)
         policy = profile.fix(policy)
     source = {
         "label": label,
-        "fingerprint": fingerprint_of(model, shapes),
+        "fingerprint": fingerprint_of(model),
         "adapter": str(adapter) if adapter else None,
     }
     context = context or min(model.config.max_position_embeddings, LONGEST_DEFAULT_CONTEXT)
@@ -198,5 +198,5 @@ def _reordered(
             tuple(sorted(order.index(head) for head in heads))
             for heads, order in zip(profile.heterogeneous, orders, strict=True)
         ),
-        fingerprint=fingerprint_of(model, shapes),
+        fingerprint=fingerprint_of(model),
     )

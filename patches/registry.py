@@ -6,11 +6,13 @@ import importlib
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from thinkkv.patches.architecture import Architecture, check_projections
+from thinkkv.patches.architecture import Architecture, LayerShape, check_projections, probe
 from thinkkv.patches.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import nn
 
 FAMILIES = ("llama", "qwen", "mistral")
 """Modules beside this one that register the built-in families; a new family adds its name here."""
@@ -63,6 +65,16 @@ def architecture_of(config: Any) -> Architecture:
             "docs/architectures.md shows how to add one"
         )
     return known[config.model_type]
+
+
+def shapes_of(model: nn.Module) -> tuple[LayerShape, ...]:
+    """The attention geometry of every layer of a model.
+
+    Raises:
+        UnsupportedModelError: its family is not registered, or it does not look like it.
+    """
+    config: Any = model.config
+    return probe(architecture_of(config), model)
 
 
 def _register_families() -> None:

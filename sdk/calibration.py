@@ -120,7 +120,7 @@ def _profile(
         score=score,
         scores=rows,
         heterogeneous=classes,
-        fingerprint=fingerprint_of(model, shapes),
+        fingerprint=fingerprint_of(model),
         calibration={"prompts": len(texts), "sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()},
     )
 

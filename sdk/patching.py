@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from thinkkv.kernels.dispatch import KernelError, choose
-from thinkkv.patches.architecture import LayerShape, probe
+from thinkkv.patches.architecture import LayerShape
 from thinkkv.patches.errors import (
     BudgetError,
     PatchStateError,
@@ -27,7 +27,7 @@ from thinkkv.patches.errors import (
     UnsupportedGenerationError,
     UnsupportedModelError,
 )
-from thinkkv.patches.registry import architecture_of
+from thinkkv.patches.registry import shapes_of
 from thinkkv.sdk.attention import NAME, register_attention
 from thinkkv.sdk.budget import Budget
 from thinkkv.sdk.cache import HeterogeneousCache
@@ -93,7 +93,7 @@ def apply(
     if HANDLE in target.__dict__:
         current = target.__dict__[HANDLE].policy.name
         raise PatchStateError(f"the model is patched with {current} already - revert() that handle first")
-    shapes = probe(architecture_of(target.config), target)
+    shapes = shapes_of(target)
     try:
         choose(target.device)
     except KernelError as error:
@@ -102,7 +102,7 @@ def apply(
         profile = HeadProfile.load(profile)
     chosen = _resolve_policy(policy, profile)
     if profile is not None:
-        profile.check(target, shapes)
+        profile.check(target)
         chosen = profile.fix(chosen)
     compression = Compression(chosen, _resolve_budget(chosen, ratio, budget), shapes, decode)
     return PatchHandle(target, compression, inductor if compiled is True else compiled or None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from thinkkv.patches.architecture import LayerShape, attention_modules
+from thinkkv.patches.architecture import attention_modules
 from thinkkv.patches.errors import ProfileMismatchError
-from thinkkv.patches.registry import architecture_of
+from thinkkv.patches.registry import architecture_of, shapes_of
 from thinkkv.sdk.files import write_whole
 from thinkkv.sdk.policies import POLICIES, Policy
 
@@ -75,9 +75,9 @@ class HeadProfile:
             f"drop the profile or use --policy {served}"
         )
 
-    def check(self, model: nn.Module, shapes: Sequence[LayerShape]) -> None:
+    def check(self, model: nn.Module) -> None:
         """Raise ProfileMismatchError unless the profile was calibrated on this model (in any dtype)."""
-        found = fingerprint_of(model, shapes)
+        found = fingerprint_of(model)
         differing = [key for key in found if self.fingerprint.get(key) != found[key]]
         if differing:
             key = differing[0]
@@ -135,12 +135,13 @@ class HeadProfile:
         )
 
 
-def fingerprint_of(model: nn.Module, shapes: Sequence[LayerShape]) -> dict[str, Any]:
+def fingerprint_of(model: nn.Module) -> dict[str, Any]:
     """What tells one model from another: its geometry and the signs of a few key projections.
 
     Signs are the same in every dtype, and a LoRA adapter that is not merged leaves them alone.
     """
     config: Any = model.config
+    shapes = shapes_of(model)
     return {
         "model_type": config.model_type,
         "layers": len(shapes),

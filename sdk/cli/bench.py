@@ -148,7 +148,6 @@ def _onnx_rows(chosen: Compared, ratios: Sequence[float], options: Options, fold
     from thinkkv.export.onnx.compared import bundle, check_exported
     from thinkkv.export.onnx.contender import OnnxContender
     from thinkkv.sdk.evaluation.setting import settings
-    from thinkkv.sdk.patching import apply
     from thinkkv.sdk.profile import fingerprint_of
     from thinkkv.sdk.speed.prompt import prompt_ids
 
@@ -158,8 +157,7 @@ def _onnx_rows(chosen: Compared, ratios: Sequence[float], options: Options, fold
     network, tokenizer = chosen.load(options.dtype)
     _check(network, options)
     profiles = chosen.profiles(network, tokenizer, compared, folder)
-    with apply(network, policy="full") as handle:
-        fingerprint = fingerprint_of(network, handle.shapes)
+    fingerprint = fingerprint_of(network)
     for context in options.contexts:
         folders = []
         for setting in compared:

@@ -104,16 +104,9 @@ class Compared:
                 )
             found["retrieval"] = HeadProfile.load(kept)
         chosen = {policy: found[score] for policy, score in needed.items() if score in found}
-        self._check(network, chosen)
+        for profile in chosen.values():
+            profile.check(network)
         return chosen
-
-    @staticmethod
-    def _check(network: Any, profiles: dict[str, HeadProfile]) -> None:
-        from thinkkv.sdk.patching import apply
-
-        with apply(network, policy="full") as handle:
-            for profile in profiles.values():
-                profile.check(network, handle.shapes)
 
 
 def words(text: str, option: str) -> Sequence[str]:

@@ -63,12 +63,10 @@ class Evaluation:
     @property
     def identity(self) -> dict[str, Any]:
         """What all outcomes of one run folder have in common."""
-        with apply(self.model, policy="full") as handle:
-            fingerprint = fingerprint_of(self.model, handle.shapes)
         return {
             "seed": self.seed,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "fingerprint": fingerprint,
+            "fingerprint": fingerprint_of(self.model),
         }
 
     @property

@@ -11,8 +11,7 @@ from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 
 from tests.tiny_models import prompts
-from thinkkv.patches.architecture import probe
-from thinkkv.patches.registry import architecture_of
+from thinkkv.patches.registry import shapes_of
 from thinkkv.sdk.cli import main
 from thinkkv.sdk.policies import TaskKV
 from thinkkv.sdk.profile import HeadProfile, fingerprint_of
@@ -29,7 +28,7 @@ def profile_of(model: Any, *, score: str = "distance", best_layer: int | None = 
         score: kind of the scores.
         best_layer: where all heads score above those of the other layers.
     """
-    shapes = probe(architecture_of(model.config), model)
+    shapes = shapes_of(model)
     draw = torch.Generator().manual_seed(0)
     scores = tuple(
         tuple((torch.rand(shape.kv_heads, generator=draw) + (layer == best_layer)).tolist())
@@ -39,7 +38,7 @@ def profile_of(model: Any, *, score: str = "distance", best_layer: int | None = 
         score=score,
         scores=scores,
         heterogeneous=tuple((max(range(len(row)), key=row.__getitem__),) for row in scores),
-        fingerprint=fingerprint_of(model, shapes),
+        fingerprint=fingerprint_of(model),
         calibration={"prompts": 0, "sha256": "made up"},
     )
 

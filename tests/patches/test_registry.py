@@ -21,7 +21,7 @@ import thinkkv.patches
 from thinkkv import sdk
 from thinkkv.patches import registry
 from thinkkv.patches.architecture import Architecture, LayerShape, Projections, probe
-from thinkkv.patches.registry import architecture_of, architectures, register, unregister
+from thinkkv.patches.registry import architectures, register, shapes_of, unregister
 
 BUILT_IN = ("llama", "mistral", "qwen2", "qwen3")
 QKVO = Projections(q="q_proj", k="k_proj", v="v_proj", o="o_proj")
@@ -116,7 +116,7 @@ def test_probe_finds_the_sliding_window_of_each_layer(
     model_type: str, options: dict[str, Any], windows: tuple[int | None, ...]
 ) -> None:
     model = small_model(model_type, **options)
-    assert tuple(shape.window for shape in probe(architecture_of(model.config), model)) == windows
+    assert tuple(shape.window for shape in shapes_of(model)) == windows
 
 
 def test_a_layer_sees_what_its_window_leaves_to_the_next_query() -> None:

@@ -17,17 +17,11 @@ from PIL import Image
 
 from tests.tiny_models import LAYERS, new_model, prompts
 from thinkkv import sdk
-from thinkkv.patches.architecture import probe
-from thinkkv.patches.registry import architecture_of
 from thinkkv.sdk.head_map import draw_head_map
 from thinkkv.sdk.policies import POLICIES, RehearsedKV, RetrievalKV, SnapKV, TaskKV
 from thinkkv.sdk.profile import fingerprint_of
 
 KV_HEADS = 4
-
-
-def shapes_of(model: Any) -> Any:
-    return probe(architecture_of(model.config), model)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +35,7 @@ def profile(model: Any) -> sdk.HeadProfile:
         score="distance",
         scores=((0.1, 0.2, 0.3, 0.4), (2.5, 1.5, 0.5, 1 / 3), (1.0, 3.0, 2.0, 0.0)),
         heterogeneous=((3,), (0,), (1, 2)),
-        fingerprint=fingerprint_of(model, shapes_of(model)),
+        fingerprint=fingerprint_of(model),
         calibration={"prompts": 2, "sha256": "0" * 64},
     )
 
@@ -151,9 +145,9 @@ class TestModel:
         tiny = new_model("llama", KV_HEADS)
         with torch.no_grad():
             tiny.model.layers[0].self_attn.k_proj.weight[0, :8] = 1e-9
-        fingerprint = fingerprint_of(tiny, shapes_of(tiny))
+        fingerprint = fingerprint_of(tiny)
         half = tiny.to(torch.float16)
-        assert fingerprint_of(half, shapes_of(half)) == fingerprint
+        assert fingerprint_of(half) == fingerprint
 
     @pytest.mark.parametrize(
         ("variant", "kv_heads", "key"),
