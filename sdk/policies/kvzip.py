@@ -22,6 +22,7 @@ class KVzip(Rehearsing):
 
     Args:
         sinks, recent: tokens at both ends that every head keeps; ours, the paper keeps a system prompt.
+        whole: prompts of up to so many tokens are kept whole.
     """
 
     name: ClassVar[str] = "kvzip"

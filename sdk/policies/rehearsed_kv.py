@@ -33,8 +33,9 @@ class RehearsedKV(Rehearsing):
         head_scores: [layers][KV heads] places in the order of elimination, above 0 and up to 1; from a profile.
         by_rank: share of the budget that heads have by their rank, each for the tokens of its most attention.
         power: of a head's score, in proportion to which it has of that share.
-        pooling: width of the average over neighbouring attention before these tokens are chosen.
+        pooling: width of the average over neighbouring attention before these tokens are chosen; 1 takes it as it is.
         sinks, recent: tokens at both ends that every head keeps, its floor.
+        whole: prompts of up to so many tokens are kept whole.
     """
 
     name: ClassVar[str] = "rehearsed-kv"
@@ -43,7 +44,9 @@ class RehearsedKV(Rehearsing):
     head_scores: HeadScores = ()
     by_rank: float = 0.7
     power: float = 12.0
-    pooling: int = 7
+    pooling: int = 1
+    sinks: int = 4
+    recent: int = 8
 
     @property
     def pooling_width(self) -> int:

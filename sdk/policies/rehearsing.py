@@ -18,12 +18,15 @@ class Rehearsing(Policy):
 
     Args:
         sinks, recent: tokens at both ends that every head keeps.
+        whole: prompts of up to so many tokens are kept whole, as short ones as with Task-KV: a few bytes are not worth
+            a second reading.
     """
 
     rehearses: ClassVar[bool] = True
 
     sinks: int = 16
     recent: int = 32
+    whole: int = 272
 
     @property
     def smallest(self) -> int:
@@ -32,8 +35,8 @@ class Rehearsing(Policy):
 
     @property
     def always_kept(self) -> int:
-        """With the defaults as short a prompt as Task-KV keeps whole: a few bytes are not worth a second reading."""
-        return self.sinks + 8 * self.recent
+        """What was asked for, and both ends in any case."""
+        return max(self.whole, self.smallest)
 
     @property
     def kept_ends(self) -> tuple[int, int]:

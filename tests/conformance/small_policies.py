@@ -43,11 +43,11 @@ def small_policy(name: str, kv_heads: int) -> Policy:
         "full": Full(),
         "task-kv": TaskKV(sinks=2, recent=8, observation_window=4, top=16, pooling=3),
         "retrieval-kv": RetrievalKV(head_scores=made_up, sinks=2, recent=6, observation_window=4, pooling=3),
-        "rehearsed-kv": RehearsedKV(head_scores=made_up, power=4, pooling=3, sinks=2, recent=3),
+        "rehearsed-kv": RehearsedKV(head_scores=made_up, power=4, pooling=3, sinks=2, recent=3, whole=26),
         "streaming-llm": StreamingLLM(sinks=2),
         "snapkv": SnapKV(observation_window=4, pooling=3),
         "pyramidkv": PyramidKV(observation_window=4, pooling=3, beta=4),
         "adakv": AdaKV(observation_window=4, pooling=3),
-        "kvzip": KVzip(sinks=2, recent=3),
+        "kvzip": KVzip(sinks=2, recent=3, whole=26),
     }
     return policies[name]

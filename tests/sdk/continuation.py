@@ -9,7 +9,7 @@ import torch
 from thinkkv.sdk.policies import RehearsedKV, TaskKV
 
 SMALL_TASK_KV = TaskKV(sinks=2, recent=8, observation_window=4, top=16)
-SMALL_REHEARSED_KV = RehearsedKV(head_scores=((0.7, 0.3), (0.9, 0.5), (0.4, 1.0)), sinks=2, recent=3)
+SMALL_REHEARSED_KV = RehearsedKV(head_scores=((0.7, 0.3), (0.9, 0.5), (0.4, 1.0)), sinks=2, recent=3, whole=26)
 
 
 def greedy(model: Any, ids: torch.Tensor, steps: int = 8, **options: Any) -> list[list[int]]:

@@ -21,9 +21,9 @@ POLICIES = [
     StreamingLLM(),
     SnapKV(observation_window=8),
     AdaKV(observation_window=8),
-    KVzip(sinks=2, recent=8),
+    KVzip(sinks=2, recent=8, whole=66),
 ]
-REHEARSED = RehearsedKV(head_scores=((0.2, 1.0, 0.3, 0.4),) * 3, sinks=2, recent=5)
+REHEARSED = RehearsedKV(head_scores=((0.2, 1.0, 0.3, 0.4),) * 3, sinks=2, recent=5, whole=42)
 
 
 def run(model: Any, policy: Policy, ids: torch.Tensor, steps: int, **budget: Any) -> tuple[Any, Any, list[Any], Any]:
@@ -112,7 +112,7 @@ def test_full_heads_keep_everything_and_others_keep_their_ends(policy):
 
 @pytest.mark.parametrize(
     "short",
-    [TaskKV(sinks=4, recent=100, observation_window=8, top=32), replace(REHEARSED, sinks=4, recent=12)],
+    [TaskKV(sinks=4, recent=100, observation_window=8, top=32), replace(REHEARSED, sinks=4, recent=12, whole=100)],
     ids=lambda policy: policy.name,
 )
 def test_a_short_prompt_is_separated_for_the_decoding_to_come(short):

@@ -52,7 +52,7 @@ def step_logits(model: Any, batch: Batch, steps: int, handle: sdk.PatchHandle, t
         SMALL_TASK_KV,
         SnapKV(observation_window=4),
         AdaKV(observation_window=4),
-        KVzip(sinks=2, recent=3),
+        KVzip(sinks=2, recent=3, whole=26),
         SMALL_REHEARSED_KV,
     ],
     ids=lambda policy: policy.name,

@@ -296,7 +296,7 @@ class TestRefused:
         SnapKV(observation_window=4),
         PyramidKV(observation_window=4),
         SMALL_TASK_KV,
-        KVzip(2, 3),
+        KVzip(2, 3, whole=26),
         SMALL_REHEARSED_KV,
     ],
     ids=["streaming-llm", "snapkv", "pyramidkv", "task-kv", "kvzip", "rehearsed-kv"],

@@ -50,16 +50,18 @@ def policies(draw: st.DrawFn, name: str, model: Model) -> Policy:
     """A policy with options small enough for prompts of a hundred tokens."""
     voting = {"observation_window": draw(st.integers(1, 8)), "pooling": draw(st.sampled_from([1, 3, 7]))}
     ends = {"sinks": draw(st.integers(0, 6)), "recent": voting["observation_window"] + draw(st.integers(0, 20))}
+    whole = {"whole": draw(st.integers(0, 100))}
     scores = model.head_scores()
     options: dict[str, dict[str, Any]] = {
         "full": {},
         "streaming-llm": {"sinks": ends["sinks"]},
-        "kvzip": ends,
+        "kvzip": ends | whole,
         "snapkv": voting,
         "pyramidkv": voting | {"beta": draw(st.integers(1, 30))},
         "adakv": voting | {"floor": draw(st.floats(0, 1))},
         "retrieval-kv": voting | ends | {"head_scores": scores, "share": draw(st.floats(0, 1))},
         "rehearsed-kv": ends
+        | whole
         | {
             "head_scores": scores,
             "by_rank": draw(st.floats(0, 1)),

@@ -20,7 +20,7 @@ from thinkkv.sdk.policies import KVzip, RehearsedKV, SnapKV
 from thinkkv.sdk.rehearsal import attend_again
 from thinkkv.sdk.whole_prompt import WholePrompt
 
-SMALL = KVzip(sinks=2, recent=3)
+SMALL = KVzip(sinks=2, recent=3, whole=26)
 CHUNK, LEAD_IN = 20, 4
 
 
@@ -123,7 +123,7 @@ class TestCompression:
     def test_rehearsed_kv_keeps_the_best_of_each_head_as_many_as_its_rank_earns(self) -> None:
         model, ids = tiny_model("llama", 4, torch.float32), prompts([90]).ids
         ranks = ((0.1, 0.2, 0.3, 0.4), (0.5, 0.6, 0.7, 0.8), (0.9, 1.0, 0.0, 0.2))
-        policy = RehearsedKV(head_scores=ranks, by_rank=1, power=2, pooling=3, sinks=2, recent=3)
+        policy = RehearsedKV(head_scores=ranks, by_rank=1, power=2, pooling=3, sinks=2, recent=3, whole=26)
         with sdk.apply(model, policy=policy, ratio=0.4) as handle, torch.inference_mode():
             model(ids, past_key_values=(cache := handle.new_cache()))
             report = handle.report(cache)

@@ -22,7 +22,7 @@ PROBE = Model(kv_heads=2, group=1, windows=(None, None), tokens=100, seed=0)
 
 def policy(**options: Any) -> RehearsedKV:
     """Small and simple: one rank's worth per score, no average over neighbours."""
-    small = {"sinks": 2, "recent": 3, "power": 1.0, "pooling": 1}
+    small = {"sinks": 2, "recent": 3, "whole": 26, "power": 1.0, "pooling": 1}
     return RehearsedKV(head_scores=SCORES, **small | options)
 
 
@@ -65,7 +65,9 @@ class TestByRank:
     ) -> None:
         row = st.lists(st.floats(0.01, 1), min_size=kv_heads, max_size=kv_heads)
         scores = data.draw(st.lists(row, min_size=LAYERS, max_size=LAYERS))
-        own = RehearsedKV(head_scores=tuple(map(tuple, scores)), by_rank=by_rank, power=power, sinks=1, recent=2)
+        own = RehearsedKV(
+            head_scores=tuple(map(tuple, scores)), by_rank=by_rank, power=power, sinks=1, recent=2, whole=17
+        )
         layers = [LayerPrompt(i, kv_heads, 30 + 40 * i) for i in range(LAYERS)]
         shares = own.layer_budgets(layers, Budget(ratio=ratio))
         found = [
@@ -149,7 +151,7 @@ def test_heads_that_keep_everything_are_heterogeneous() -> None:
 def test_of_a_prompt_that_is_kept_whole_they_are_the_best_fifth(ratio: float) -> None:
     scores = ((0.1, 0.2, 0.3, 0.4, 1.0), (0.5, 0.6, 0.7, 0.8, 0.9))
     model = Model(kv_heads=5, group=1, windows=(None, None), tokens=100 if ratio == 1 else 26, seed=0)
-    found = plans_of(RehearsedKV(head_scores=scores, sinks=2, recent=3), Budget(ratio=ratio), model)
+    found = plans_of(RehearsedKV(head_scores=scores, sinks=2, recent=3, whole=26), Budget(ratio=ratio), model)
     assert found is not None
     assert [plan.heterogeneous for *_, plan in found] == [(4,), (4,)]
     assert all(plan.tokens == 5 * view.tokens for view, _, plan in found)
