@@ -1,12 +1,13 @@
 """Runtimes in venvs of their own beside ours: the same weights, samples and prompts, in turns.
 
     python benchmarks/rival_runtimes.py --folder scratch --out benchmarks/results/rivals_runtimes.json
-    python benchmarks/rival_runtimes.py --folder scratch --quick          # a look, below 3 minutes once the venvs stand
+    python benchmarks/rival_runtimes.py --folder scratch --quick --here   # a look, below 3 minutes
 
-Builds what is missing in FOLDER: a venv per rival (``rivals/build.sh``), the checkpoint, the stock builder's int4
-export, ours at the ratio, and a GGUF file. Every setting answers all samples; then each reads and continues one prompt
-in a process of its own, in turns, ``--rounds`` times; medians are reported. What FOLDER holds is not measured again: an
-interrupted run goes on. Full caches do not care when a question comes, so only ours answer twice.
+Builds what is missing in FOLDER: a venv per rival (``rivals/build.sh``; with ``--here`` this environment serves), the
+checkpoint, the stock builder's int4 export, ours at the ratio of each prompt length, and a GGUF file. Every setting
+answers all samples; then each reads and continues one prompt in a process of its own, in turns, ``--rounds`` times;
+medians are reported. What FOLDER holds is not measured again: an interrupted run goes on. Full caches do not care when
+a question comes, so only ours answer twice.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from thinkkv.sdk.cli import main as thinkkv
 from thinkkv.sdk.evaluation.scoring import share_found
 
 RIVALS = Path(__file__).with_name("rivals")
-QUICK = {"contexts": [256], "rounds": 1, "samples": 2, "tasks": "niah-single", "context": 600}
+QUICK = {"contexts": [600], "rounds": 1, "samples": 2, "tasks": "niah-single", "context": 600}
 Row = dict[str, Any]
 
 
@@ -46,6 +47,7 @@ class Setting:
         model: below the folder.
         weights: their format.
         compressed: the cache is ours.
+        sized: its bounded heads have a fixed size, and so there is a model for each prompt length.
     """
 
     name: str
@@ -54,6 +56,11 @@ class Setting:
     model: str
     weights: str
     compressed: bool = False
+    sized: bool = False
+
+    def folder(self, context: int) -> str:
+        """Of the model for prompts of this length."""
+        return f"{self.model}-{context}" if self.sized else self.model
 
 
 SETTINGS = (
@@ -61,7 +68,7 @@ SETTINGS = (
     Setting("thinkkv on transformers", "thinkkv", None, "ours-checkpoint", "float32", compressed=True),
     Setting("llama.cpp", "llama_cpp", "llama_cpp", "gguf/model.gguf", "q4_0"),
     Setting("onnxruntime-genai, its export", "genai", "onnxruntime_genai", "stock", "int4"),
-    Setting("onnxruntime-genai, our export", "genai", "onnxruntime_genai", "ours", "int4", compressed=True),
+    Setting("onnxruntime-genai, our export", "genai", "onnxruntime_genai", "ours", "int4", compressed=True, sized=True),
 )
 
 
@@ -83,7 +90,7 @@ def _prepare(options: argparse.Namespace) -> None:
     """Venvs, samples and models."""
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    for venv in dict.fromkeys(setting.venv for setting in SETTINGS if setting.venv):
+    for venv in dict.fromkeys(setting.venv for setting in SETTINGS if setting.venv and not options.here):
         if not (folder / venv / "ready").exists():
             subprocess.run(["sh", RIVALS / "build.sh", venv, folder / venv], check=True)
             (folder / venv / "ready").touch()
@@ -94,7 +101,8 @@ def _prepare(options: argparse.Namespace) -> None:
     if not (folder / "stock").exists():
         build_stock(folder / "checkpoint", folder / "stock")
     compressed = ["--policy", "retrieval-kv", "--profile", options.profile, "--ratio", options.ratio]
-    _export(options, "ours", "onnx", "--quantize", "int4", *compressed)
+    for context in dict.fromkeys([options.context, *options.contexts]):
+        _export(options, f"ours-{context}", "onnx", "--quantize", "int4", "--context", context, *compressed)
     _export(options, "ours-checkpoint", "safetensors", *compressed)
     _export(options, "gguf", "gguf", "--quantize", "int4", "--policy", "full")
 
@@ -111,7 +119,8 @@ def _answers(options: argparse.Namespace, setting: Setting) -> Iterator[Row]:
     tokenizer = AutoTokenizer.from_pretrained(options.folder / "checkpoint")
     for question in ("in-window", "after") if setting.compressed else ("in-window",):
         out = options.folder / f"answers-{SETTINGS.index(setting)}-{question}.jsonl"
-        _run(options, setting, "answer", *(["--after"] if question == "after" else []), "--out", out)
+        when = ["--after"] if question == "after" else []
+        _run(options, setting, options.context, "answer", *when, "--out", out)
         found = [json.loads(line) for line in out.read_text().splitlines()]
         for task in dict.fromkeys(sample["task"] for sample in samples):
             scores = [
@@ -133,7 +142,8 @@ def _speeds(options: argparse.Namespace) -> Iterator[Row]:
                 key = {"setting": setting.name, "threads": options.threads, "context": context, "round": number}
                 if any(key.items() <= row.items() for row in done):
                     continue
-                done.append(key | json.loads(_run(options, setting, "speed", "--context", context).splitlines()[-1]))
+                said = _run(options, setting, context, "speed", "--context", context)
+                done.append(key | json.loads(said.splitlines()[-1]))
                 with measured.open("a") as file:
                     file.write(json.dumps(done[-1]) + "\n")
         for setting in SETTINGS:
@@ -160,10 +170,11 @@ def _float16_bytes(options: argparse.Namespace, tokens: int) -> int:
     return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
 
 
-def _run(options: argparse.Namespace, setting: Setting, *work: object) -> str:
+def _run(options: argparse.Namespace, setting: Setting, context: int, *work: object) -> str:
     """Standard output of ``runtime.py`` in the setting's venv."""
-    python = options.folder / setting.venv / "bin" / "python" if setting.venv else Path(sys.executable)
-    command = [python, RIVALS / "runtime.py", setting.runtime, options.folder / setting.model, *work]
+    own = setting.venv and not options.here
+    python = options.folder / str(setting.venv) / "bin" / "python" if own else Path(sys.executable)
+    command = [python, RIVALS / "runtime.py", setting.runtime, options.folder / setting.folder(context), *work]
     command += ["--samples", options.folder / "samples.jsonl", "--threads", options.threads]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
@@ -184,6 +195,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a look: one short prompt, two samples")
+    parser.add_argument("--here", action="store_true", help="no venvs: the runtimes that are installed here")
     parser.add_argument("--folder", type=Path, required=True, help="where venvs, models and measurements are kept")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -63,6 +63,18 @@ def test_all_runtimes_are_measured(run: Run, tmp_path: Path) -> None:
     assert all(row["peak_rss_bytes"] > row["cache_bytes"] > 0 for row in rows.values())
 
 
+def test_rivals_answer_the_same_samples_and_hold_more(run: Run, tmp_path: Path) -> None:
+    rows = {
+        row["setting"]: row for row in run("rival_runtimes", "rows.json", "--here", "--folder", tmp_path / "rivals")
+    }
+    answers = json.loads((tmp_path / "rows.json").read_text())["answers"]
+    assert {row["setting"] for row in answers} == rows.keys()
+    assert all(row["score"] == 1 for row in answers if row["question"] == "in-window")
+    assert all(row["decode_tokens_per_second"] > 1 < row["prefill_tokens_per_second"] for row in rows.values())
+    ours, stock = (rows[f"onnxruntime-genai, {whose} export"]["cache_bytes"] for whose in ("our", "its"))
+    assert ours < 0.5 * stock
+
+
 def test_int4_costs_perplexity_and_saves_bytes(run: Run) -> None:
     full, int4 = run("int4_methods", "rows.json")
     assert int4["data_bytes"] < 0.2 * full["data_bytes"]
