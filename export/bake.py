@@ -101,7 +101,7 @@ def bake(
     permute_heads(model, orders, shapes)
     block = Block(
         policy=policy.name,
-        options={name: value for name, value in vars(policy).items() if name != "head_scores"},
+        options=policy.options,
         ratio=budget.ratio,
         budget=budget.tokens,
         context=context,

@@ -109,12 +109,12 @@ def _run(evaluation: Evaluation, cells: Sequence[Cell], samples: int, folder: Pa
     from thinkkv.sdk.machine import described
 
     identity = evaluation.identity
-    journal = Journal(folder / "samples.jsonl", identity, evaluation.calibrations)
+    journal = Journal(folder / "samples.jsonl", identity, evaluation.calibrations, evaluation.options)
     if journal.outcomes:
         console.print(f"going on in {folder}, which holds {len(journal.outcomes)} outcomes", highlight=False)
     evaluation.run(cells, samples, journal, track)
     found = rows(journal, cells, evaluation.settings, samples)
-    return {**identity, "profiles": journal.profiles, "rows": found, **described("thinkkv")}
+    return {**identity, "profiles": journal.profiles, "options": journal.options, "rows": found, **described("thinkkv")}
 
 
 def _finish(folder: Path, result: Mapping[str, Any]) -> None:

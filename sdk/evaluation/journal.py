@@ -57,27 +57,36 @@ class Journal:
         path: of the file.
         identity: what all outcomes in it have in common: model, dtype, seed.
         calibrations: by ``profile_key``, what the profiles of the policies to come were calibrated on; None without.
+        options: of the policies to come, by their names with options; defaults may change from release to release.
 
     Attributes:
         outcomes: by key.
         profiles: calibrations of all profiles behind the outcomes, those of earlier calls too.
+        options: of all policies behind the outcomes, as far as they were noted.
 
     Raises:
         ThinkKVError: the file holds outcomes of something else, or is damaged.
     """
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], calibrations: Mapping[str, Any] = MappingProxyType({})
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        calibrations: Mapping[str, Any] = MappingProxyType({}),
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._path = path
         self.outcomes: dict[tuple[Any, ...], Outcome] = {}
         self.profiles: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}
         head = {"schema": SCHEMA, **identity}
         rows = self._read(head) if path.exists() else []
-        known = dict(self.profiles)
+        known = dict(self.profiles), dict(self.options)
         self._take_over(calibrations)
-        if not rows or self.profiles != known:
-            lines = [json.dumps(row, ensure_ascii=False) for row in [head | {"profiles": self.profiles}, *rows[1:]]]
+        self._take_over_options(options)
+        if not rows or (self.profiles, self.options) != known:
+            head |= {"profiles": self.profiles, "options": self.options}
+            lines = [json.dumps(row, ensure_ascii=False) for row in [head, *rows[1:]]]
             write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
@@ -93,6 +102,14 @@ class Journal:
             if key in used and self.profiles.get(key) != calibration:
                 raise self._of_another_run(f"profile of {key}", self.profiles.get(key), calibration)
         self.profiles |= {key: calibration for key, calibration in calibrations.items() if calibration is not None}
+
+    def _take_over_options(self, options: Mapping[str, Any]) -> None:
+        """Add options; a policy that has outcomes keeps those it had, known or not."""
+        used = {outcome.policy for outcome in self.outcomes.values()}
+        for name, found in options.items():
+            if name in used and self.options.get(name, found) != found:
+                raise self._of_another_run(f"options of {name}", self.options[name], found)
+        self.options |= {name: found for name, found in options.items() if name not in used}
 
     def _of_another_run(self, what: str, found: Any, now: Any) -> ThinkKVError:
         return ThinkKVError(
@@ -117,6 +134,7 @@ class Journal:
                 raise self._of_another_run(name, found[0].get(name), head[name])
         self.outcomes = {outcome.key: outcome for outcome in outcomes}
         self.profiles = dict(found[0].get("profiles", {})) if found else {}
+        self.options = dict(found[0].get("options", {})) if found else {}
         return found
 
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -75,6 +75,11 @@ class Evaluation:
         named = {profile_key(setting.policy.name): self.profiles.get(setting.policy.name) for setting in self.settings}
         return {key: dict(found.calibration) if found else None for key, found in named.items() if key}
 
+    @property
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Of every policy that is compared, defaults too, by its name."""
+        return {setting.name: setting.policy.options for setting in self.settings}
+
     def cells(self, tasks: Iterable[Task], sizes: Sequence[int], questions: Sequence[Question]) -> list[Cell]:
         """Every task at every size, asked in every way that it has.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
 from thinkkv.sdk.plan import KeepPlan, PromptView
@@ -20,6 +20,11 @@ class Policy(ABC):
 
     profile_score: ClassVar[str | None] = None
     """The calibration score whose profiles the policy takes as its ``head_scores``; None where it takes none."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its named choices; a profile's scores are not among them."""
+        return {name: value for name, value in vars(self).items() if name != "head_scores"}
 
     @property
     @abstractmethod

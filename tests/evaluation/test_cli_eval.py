@@ -47,11 +47,12 @@ def test_policies_that_rank_heads_share_a_profile_and_a_folder(thinkkv, checkpoi
     call.append("--json")
     profile, samples = Path("out/retrieval-profile/profile.json"), Path("out/samples.jsonl")
     thinkkv(*call, "--policies", "retrieval-kv")
-    before = profile.read_bytes(), samples.read_bytes()
+    before = profile.read_bytes(), samples.read_bytes().partition(b"\n")[2]
     done = thinkkv(*call, "--policies", "retrieval-kv,rehearsed-kv")
     assert [row["policy"] for row in done.json["rows"]] == ["retrieval-kv", "rehearsed-kv"]
     assert profile.read_bytes() == before[0]
-    assert samples.read_bytes().startswith(before[1])
+    assert samples.read_bytes().partition(b"\n")[2].startswith(before[1])
+    assert done.json["options"].keys() == {"retrieval-kv", "rehearsed-kv"}
     assert thinkkv(*call, "--policies", "rehearsed-kv", "--profile", "out/retrieval-profile").code == 0
 
 

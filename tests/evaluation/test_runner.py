@@ -159,6 +159,27 @@ def test_a_policy_keeps_its_profile_in_a_folder(evaluation, tmp_path, first, the
     assert len(Journal(path, {}, {"task-kv": first}).outcomes) == len(POLICIES)
 
 
+def test_a_policy_keeps_its_options_in_a_folder(evaluation, tmp_path):
+    """Defaults may change from release to release, the name that outcomes go by does not."""
+    path = tmp_path / "samples.jsonl"
+    journal = Journal(path, {}, {}, evaluation.options)
+    evaluation.run(evaluation.cells([Lengths()], [150], ["after"]), 1, journal, lambda label: iter)
+    before = path.read_bytes()
+    changed = {"snapkv": {"observation_window": 32, "pooling": 5}}
+    with pytest.raises(ThinkKVError, match=r"options of snapkv .*'pooling': 7.*'pooling': 5"):
+        Journal(path, {}, {}, changed)
+    assert path.read_bytes() == before
+    added = Journal(path, {}, {}, evaluation.options | {"snapkv+pooling=5": changed["snapkv"]})
+    assert added.options == evaluation.options | {"snapkv+pooling=5": changed["snapkv"]}
+    assert len(added.outcomes) == len(POLICIES)
+
+
+def test_options_that_an_older_folder_did_not_note_stay_unknown(evaluation, tmp_path):
+    path = tmp_path / "samples.jsonl"
+    evaluation.run(evaluation.cells([Lengths()], [150], ["after"]), 1, Journal(path, {}), lambda label: iter)
+    assert Journal(path, {}, {}, evaluation.options).options == {}
+
+
 def test_an_impossible_ratio_is_refused_before_anything_runs(evaluation, tmp_path):
     impossible = replace(evaluation, settings=settings(["full", "snapkv"], [0.1]))
     journal = Journal(tmp_path / "samples.jsonl", {})
