@@ -2,9 +2,10 @@
 
     python benchmarks/paired_differences.py benchmarks/results/eval_several_numbers/samples.jsonl
     python benchmarks/paired_differences.py benchmarks/results/head_choice_per_prompt.jsonl --to farthest:0.5
+    python benchmarks/paired_differences.py FOLDER/samples.jsonl --of loss
 
 Differences of single samples vary less than scores do, so that they show losses which two intervals would hide. The
-score of a perplexity is the mean loss in nats: there more is worse.
+score of a perplexity is the mean loss in nats: there, and with ``--of loss``, more is worse.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any
 Scores = dict[int, float]
 
 
-def read(path: Path) -> dict[tuple[Any, ...], dict[tuple[str, float], Scores]]:
-    """Scores by cell, setting and number of the sample; the first line describes the others."""
+def read(path: Path, what: str) -> dict[tuple[Any, ...], dict[tuple[str, float], Scores]]:
+    """Scores, or losses, by cell, setting and number of the sample; the first line describes the others."""
     found: dict[tuple[Any, ...], dict[tuple[str, float], Scores]] = defaultdict(lambda: defaultdict(dict))
     for line in path.read_text(encoding="utf-8").splitlines()[1:]:
         row = json.loads(line)
         cell = row["task"], row["context"], row["question"]
-        found[cell][row["policy"], row["ratio"]][row["sample"]] = row["score"]
+        if row.get(what) is not None:
+            found[cell][row["policy"], row["ratio"]][row["sample"]] = row[what]
     return found
 
 
@@ -40,10 +42,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=Path, help="samples.jsonl of a `thinkkv eval`")
     parser.add_argument("--to", default="full:1", help="what the others are compared with: policy:ratio")
+    parser.add_argument("--of", choices=("score", "loss"), default="score", help="loss: of the right answer, in nats")
     options = parser.parse_args()
     name, _, ratio = options.to.rpartition(":")
-    print("| task | tokens | question | policy | ratio | samples | score | difference |\n" + 8 * "|---" + "|")
-    for (task, context, question), settings in read(options.samples).items():
+    print(f"| task | tokens | question | policy | ratio | samples | {options.of} | difference |\n" + 8 * "|---" + "|")
+    for (task, context, question), settings in read(options.samples, options.of).items():
         base = settings[name, float(ratio)]
         for (policy, share), scores in settings.items():
             shown = ""

@@ -62,6 +62,21 @@ class Turn:
             logits = self.feed([[token] for token in tokens], keep=1)[:, -1]
         return said
 
+    def answer_losses(self, logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Mean negative log-likelihood of each answer in nats.
+
+        Args:
+            logits: [B, V] after what was fed last.
+            rows: token ids, of different lengths of at least 1.
+        """
+        longest = max(map(len, rows))
+        fed = self.feed(rows, keep=longest)
+        found = []
+        for first, following, row in zip(logits, fed, rows, strict=True):
+            predicted = torch.cat([first[None], following[longest - len(row) : -1]]).float()
+            found.append(float(torch.nn.functional.cross_entropy(predicted, torch.tensor(row, device=fed.device))))
+        return found
+
     def losses(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Mean negative log-likelihood of each continuation in nats, without its first token.
 

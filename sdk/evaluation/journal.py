@@ -30,6 +30,8 @@ class Outcome:
         said: the answer.
         cache_bytes: allocated right after the compression, this sample's share of its batch.
         used_bytes: of them in use.
+        loss: mean negative log-likelihood of the right answer's tokens in nats; None where the score is a loss, and in
+            folders of older releases.
     """
 
     task: str
@@ -43,6 +45,7 @@ class Outcome:
     said: str
     cache_bytes: int
     used_bytes: int
+    loss: float | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:

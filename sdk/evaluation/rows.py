@@ -27,6 +27,7 @@ def rows(journal: Journal, cells: Iterable[Cell], settings: Sequence[Setting], s
 
 def _row(cell: Cell, setting: Setting, outcomes: Sequence[Outcome]) -> Row:
     score, interval = _mean(cell, [outcome.score for outcome in outcomes])
+    losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
     return {
         "task": cell.task.name,
         "policy": setting.name,
@@ -37,6 +38,7 @@ def _row(cell: Cell, setting: Setting, outcomes: Sequence[Outcome]) -> Row:
         "samples": len(outcomes),
         "score": round(score, 4),
         "ci95": [round(bound, 4) for bound in interval] if interval else None,
+        "answer_loss": round(sum(losses) / len(losses), 4) if len(losses) == len(outcomes) else None,
         "cache_bytes": _rounded_mean([outcome.cache_bytes for outcome in outcomes]),
         "used_bytes": _rounded_mean([outcome.used_bytes for outcome in outcomes]),
         "compressed_tokens": _rounded_mean([outcome.tokens for outcome in outcomes]),

@@ -10,7 +10,7 @@ from thinkkv.patches.errors import ThinkKVError
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.evaluation.answering import Turn
 from thinkkv.sdk.evaluation.journal import Journal, Outcome
-from thinkkv.sdk.evaluation.prefill import prefill
+from thinkkv.sdk.evaluation.prefill import Prefill, prefill
 from thinkkv.sdk.evaluation.sample import Encoded
 from thinkkv.sdk.evaluation.setting import Setting, profile_key
 from thinkkv.sdk.evaluation.tasks.task import Task
@@ -153,12 +153,13 @@ class Evaluation:
             cache = filled.cache(compression)
             held = report(cache).bytes
             scores = self._answer(cell, samples, Turn(self.model, cache, filled.mask), filled.logits)
+            losses = self._losses(cell, samples, filled, compression)
             yield [
                 Outcome(
                     cell.task.name, cell.question, cell.size, number, setting.name, setting.ratio, len(prompt),
-                    score, said, held.physical // len(samples), held.used // len(samples),
+                    score, said, held.physical // len(samples), held.used // len(samples), loss,
                 )
-                for number, prompt, (score, said) in zip(numbers, prompts, scores, strict=True)
+                for number, prompt, (score, said), loss in zip(numbers, prompts, scores, losses, strict=True)
             ]  # fmt: skip
 
     def _answer(self, cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: Any) -> list[tuple[float, str]]:
@@ -175,6 +176,22 @@ class Evaluation:
             for ids, length in zip(said, lengths, strict=True)
         ]
         return [(cell.task.score(sample.sample, text), text) for sample, text in zip(samples, texts, strict=True)]
+
+    def _losses(
+        self, cell: Cell, samples: Sequence[Encoded], filled: Prefill, compression: Compression
+    ) -> Sequence[float | None]:
+        """Of the right answer of each sample, in a cache of its own: the other one has the model's answer in it."""
+        if cell.task.metric == "perplexity":
+            return [None] * len(samples)
+        turn, logits = Turn(self.model, filled.cache(compression), filled.mask), filled.logits
+        if cell.question == "after":
+            logits = turn.feed([sample.question for sample in samples], keep=1)[:, -1]
+        return turn.answer_losses(logits, [self._expected(sample) for sample in samples])
+
+    def _expected(self, sample: Encoded) -> list[int]:
+        """Token ids of the right answer, as it would follow the question."""
+        ids: list[int] = self.tokenizer(f" {sample.sample.expected}", add_special_tokens=False).input_ids
+        return ids
 
     def _new_tokens(self, sample: Encoded) -> int:
         """Tokens that an answer may have, whatever its batch."""

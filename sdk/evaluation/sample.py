@@ -21,7 +21,7 @@ class Sample:
         question: what follows it: the question and the beginning of the answer.
         answers: what the answer must hold, all of it.
         entry: what a task's own verifier needs.
-        worked: the whole answer, where it holds more than ``answers``.
+        worked: the whole answer, where it holds more than ``answers``, or in another order.
     """
 
     context: str
@@ -105,7 +105,7 @@ def scattered(
         question: with the beginning of the answer.
         answers: what the answer must hold.
         opening: first paragraph, which says what the text is.
-        worked: the whole answer, where it holds more than ``answers``.
+        worked: the whole answer, where it holds more than ``answers``, or in another order.
     """
     depths = sorted(rng.random() for _ in facts)
     prose = sentences(random.Random(rng.random()))

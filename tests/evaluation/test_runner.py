@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -88,6 +89,32 @@ def test_an_answer_is_as_long_in_a_batch_as_alone(evaluation, tmp_path):
     assert found[0] == found[1]
     lengths = {number: len(text) for (_, _, _, number, policy, _), text in found[0].items() if policy == "full"}
     assert lengths[0] < lengths[1] < lengths[2]
+
+
+@pytest.mark.parametrize("question", ["in-window", "after"])
+def test_answer_losses_are_those_of_the_patched_model(evaluation, tmp_path, question):
+    """Answers of different lengths in one batch, against one sequence at a time."""
+    task = Growing()
+    journal = Journal(tmp_path / "samples.jsonl", {})
+    evaluation.run(evaluation.cells([task], [150], [question]), 3, journal, lambda label: iter)
+    for setting, number in itertools.product(evaluation.settings, range(3)):
+        sample = task.sample(evaluation.tokenizer, 150, number, 0)
+        answer = evaluation.tokenizer(f" {sample.sample.answers[0]}").input_ids
+        first = [sample.context, sample.question] if question == "after" else [sample.context + sample.question]
+        with sdk.apply(evaluation.model, policy=setting.policy, ratio=setting.ratio) as handle, torch.inference_mode():
+            cache, logits = handle.new_cache(), []
+            for chunk in [*first, *([token] for token in answer)]:
+                out = evaluation.model(torch.tensor([chunk]), past_key_values=cache, use_cache=True)
+                logits.append(out.logits[0, -1])
+        wanted = torch.nn.functional.cross_entropy(torch.stack(logits[len(first) - 1 : -1]), torch.tensor(answer))
+        outcome = journal.outcomes["lengths", question, 150, number, setting.name, setting.ratio]
+        assert outcome.loss == pytest.approx(float(wanted), abs=1e-4)
+    scores = rows(journal, evaluation.cells([task], [150], [question]), evaluation.settings, 3)
+    mean = [
+        sum(journal.outcomes["lengths", question, 150, n, row["policy"], row["ratio"]].loss for n in range(3)) / 3
+        for row in scores
+    ]
+    assert [row["answer_loss"] for row in scores] == pytest.approx(mean, abs=1e-4)
 
 
 def test_losses_are_those_of_the_patched_model(evaluation, tmp_path):
