@@ -24,6 +24,7 @@ INPUTS = (
     *("cos_cache", "sin_cache"),
 )
 
+# Keys come first in their product: the second factor is copied before it is used, and they are most of what is read.
 _PRODUCTS = """
   p_one = Constant <value_ints = [1]> ()
   p_rest = Constant <value_ints = [-1]> ()
@@ -42,7 +43,8 @@ _PRODUCTS = """
   p_key = TensorScatter <axis = 2> (past_key, p_new_key, write_slot)
   p_value = TensorScatter <axis = 2> (past_value, p_new_value, write_slot)
   p_query = Reshape (p_rotated_query, p_query_shape)
-  p_logits = com.microsoft.FusedMatMul <transB = 1, alpha: float = @scale> (p_query, p_key)
+  p_by_token = com.microsoft.FusedMatMul <transB = 1, alpha: float = @scale> (p_key, p_query)
+  p_logits = Transpose <perm = [0, 1, 3, 2]> (p_by_token)
   p_masked = Add (p_logits, mask)
   p_weights = Softmax <axis = -1> (p_masked)
   p_attended = MatMul (p_weights, p_value)
