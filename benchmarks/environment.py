@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from thinkkv.sdk.machine import described
+from thinkkv.sdk.machine import commit, described
+
+_COMMIT = commit()
+"""Where the run began: a checkout may move on while it lasts."""
 
 
 def save(path: Path, found: Mapping[str, Any]) -> None:
@@ -19,4 +22,4 @@ def save(path: Path, found: Mapping[str, Any]) -> None:
 
 def describe() -> dict[str, Any]:
     """Machine, versions, commit and command as JSON values."""
-    return described(f"benchmarks/{Path(sys.argv[0]).name}")
+    return described(f"benchmarks/{Path(sys.argv[0]).name}") | {"commit": _COMMIT}

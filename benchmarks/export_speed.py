@@ -153,7 +153,7 @@ def _goal(ours: Row, rows: list[Row]) -> Row:
         prefill = "prefill_tokens_per_second"
         goal[other["setting"]] = {
             "decode": round(statistics.median(theirs / mine for mine, theirs in turns), 3),
-            "prefill": round(ours[prefill] / other[prefill], 3) if other[prefill] else None,
+            "prefill": round(ours[prefill] / other[prefill], 3) if ours[prefill] and other[prefill] else None,
             "peak_rss": round(ours["peak_rss_bytes"] / other["peak_rss_bytes"], 3),
             "cache": round(ours["cache_bytes"] / other["cache_bytes"], 3),
         }

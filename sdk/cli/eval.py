@@ -106,15 +106,17 @@ def _run(evaluation: Evaluation, cells: Sequence[Cell], samples: int, folder: Pa
     """Evaluate, resuming what the folder has, and summarise."""
     from thinkkv.sdk.evaluation.journal import Journal
     from thinkkv.sdk.evaluation.rows import rows
-    from thinkkv.sdk.machine import described
+    from thinkkv.sdk.machine import commit, described
 
+    begun = commit()  # a checkout may move on while a run lasts
     identity = evaluation.identity
     journal = Journal(folder / "samples.jsonl", identity, evaluation.calibrations, evaluation.options)
     if journal.outcomes:
         console.print(f"going on in {folder}, which holds {len(journal.outcomes)} outcomes", highlight=False)
     evaluation.run(cells, samples, journal, track)
     found = rows(journal, cells, evaluation.settings, samples)
-    return {**identity, "profiles": journal.profiles, "options": journal.options, "rows": found, **described("thinkkv")}
+    noted = {"profiles": journal.profiles, "options": journal.options}
+    return {**identity, **noted, "rows": found, **described("thinkkv"), "commit": begun}
 
 
 def _finish(folder: Path, result: Mapping[str, Any]) -> None:
