@@ -142,13 +142,13 @@ def _dequantize(path: Path, label: str, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         model, loaded = auto_model.from_pretrained(path.parent, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        read_as_the_file_says(tokenizer, path)
     except Exception as error:  # a cut-off file ends in whatever the parser runs into
         raise ModelNotFoundError(
             f"{label} cannot be read ({first_line(error)}) - it is damaged, cut off or of an architecture that "
             "transformers does not read from GGUF; get the file again, or name a checkpoint folder"
         ) from error
     _refuse_missing(loaded, label)
-    read_as_the_file_says(tokenizer, path)
     return model, tokenizer
 
 
