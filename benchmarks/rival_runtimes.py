@@ -172,8 +172,8 @@ def _float16_bytes(options: argparse.Namespace, tokens: int) -> int:
 
 def _run(options: argparse.Namespace, setting: Setting, context: int, *work: object) -> str:
     """Standard output of ``runtime.py`` in the setting's venv."""
-    own = setting.venv and not options.here
-    python = options.folder / str(setting.venv) / "bin" / "python" if own else Path(sys.executable)
+    venv = None if options.here else setting.venv
+    python = options.folder / venv / "bin" / "python" if venv else Path(sys.executable)
     command = [python, RIVALS / "runtime.py", setting.runtime, options.folder / setting.folder(context), *work]
     command += ["--samples", options.folder / "samples.jsonl", "--threads", options.threads]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}

@@ -106,9 +106,9 @@ def _run(evaluation: Evaluation, cells: Sequence[Cell], samples: int, folder: Pa
     """Evaluate, resuming what the folder has, and summarise."""
     from thinkkv.sdk.evaluation.journal import Journal
     from thinkkv.sdk.evaluation.rows import rows
-    from thinkkv.sdk.machine import commit, described
+    from thinkkv.sdk.machine import described
 
-    begun = commit()  # a checkout may move on while a run lasts
+    begun = described("thinkkv")  # a checkout may move on while a run lasts
     identity = evaluation.identity
     journal = Journal(folder / "samples.jsonl", identity, evaluation.calibrations, evaluation.options)
     if journal.outcomes:
@@ -116,7 +116,7 @@ def _run(evaluation: Evaluation, cells: Sequence[Cell], samples: int, folder: Pa
     evaluation.run(cells, samples, journal, track)
     found = rows(journal, cells, evaluation.settings, samples)
     noted = {"profiles": journal.profiles, "options": journal.options}
-    return {**identity, **noted, "rows": found, **described("thinkkv"), "commit": begun}
+    return {**identity, **noted, "rows": found, **begun}
 
 
 def _finish(folder: Path, result: Mapping[str, Any]) -> None:

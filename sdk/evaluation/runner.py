@@ -164,11 +164,9 @@ class Evaluation:
 
     def _answer(self, cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: Any) -> list[tuple[float, str]]:
         """Score and answer of each sample."""
-        questions = [sample.question for sample in samples]
         if cell.task.metric == "perplexity":
-            return [(loss, "") for loss in turn.losses(questions)]
-        if cell.question == "after":
-            logits = turn.feed(questions, keep=1)[:, -1]
+            return [(loss, "") for loss in turn.losses([sample.question for sample in samples])]
+        logits = _asked(cell, samples, turn, logits)
         lengths = [self._new_tokens(sample) for sample in samples]
         said = turn.answer(logits, max(lengths), self._stop())
         texts = [
@@ -183,9 +181,8 @@ class Evaluation:
         """Of the right answer of each sample, in a cache of its own: the other one has the model's answer in it."""
         if cell.task.metric == "perplexity":
             return [None] * len(samples)
-        turn, logits = Turn(self.model, filled.cache(compression), filled.mask), filled.logits
-        if cell.question == "after":
-            logits = turn.feed([sample.question for sample in samples], keep=1)[:, -1]
+        turn = Turn(self.model, filled.cache(compression), filled.mask)
+        logits = _asked(cell, samples, turn, filled.logits)
         return turn.answer_losses(logits, [self._expected(sample) for sample in samples])
 
     def _expected(self, sample: Encoded) -> list[int]:
@@ -223,3 +220,8 @@ def _ways(task: Task, questions: Sequence[Question]) -> Sequence[Question]:
 def _compressed(cell: Cell, sample: Encoded) -> tuple[int, ...]:
     """The tokens that are in the cache when it is compressed."""
     return sample.context if cell.question == "after" else sample.context + sample.question
+
+
+def _asked(cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: Any) -> Any:
+    """[B, V] after the questions: they are fed now, or were part of what was compressed."""
+    return turn.feed([sample.question for sample in samples], keep=1)[:, -1] if cell.question == "after" else logits

@@ -54,7 +54,7 @@ def _needles(rng: random.Random, *, keys: int, values: int) -> Layout:
     needles = [f"The special number of the {names[i // values]} is {number}." for i, number in enumerate(found)]
     facts = rng.sample(needles, len(needles))
     asked, wanted = names[0], found[:values]
-    in_order = sorted(wanted, key=lambda number: facts.index(next(fact for fact in facts if number in fact)))
+    in_order = [number for fact in facts for number in wanted if number in fact]
     return scattered(rng, facts, _question(asked, values), wanted, opening=OPENING, worked=", ".join(in_order))
 
 
