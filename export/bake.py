@@ -74,11 +74,13 @@ def bake(
         label, location: the model's name, and where it was found.
 
     Raises:
-        ExportError: the policy has no classes that could be fixed.
+        ExportError: the policy has no classes that could be fixed, or stores its cache in another dtype.
         AdapterMismatchError: the adapter belongs to another model.
         ProfileMismatchError: so does the profile.
         BudgetError: the budget cannot be met.
     """
+    if policy.quantized:
+        raise ExportError("an exported model's cache is stored as its runtime does it - bake without cache_dtype")
     shapes = shapes_of(model)
     if profile is not None:
         profile.check(model)

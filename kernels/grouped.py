@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from thinkkv.kernels.arena import Arena, Block
+from thinkkv.kernels.entries import states_of
 
 QUERY_BLOCK = 512
 """Queries attended at once for a chunk; bounds the mask to ``group * QUERY_BLOCK * T`` booleans."""
@@ -25,7 +26,7 @@ def compact(arena: Arena, keys: torch.Tensor, values: torch.Tensor, kept: Sequen
 
     Args:
         arena: laid out for these lengths.
-        keys, values: [R, N, D].
+        keys, values: [R, N, D], entries.
         kept: per row the int64 entries to keep, in the order to store them.
     """
     for block in arena.blocks:
@@ -74,7 +75,7 @@ def ragged_decode(
 
 
 def _attend(block: Block, query: torch.Tensor, scale: float, starts: torch.Tensor | None) -> torch.Tensor:
-    keys, values = block.keys.narrow(1, 0, block.length), block.values.narrow(1, 0, block.length)
+    keys, values = (states_of(each.narrow(1, 0, block.length), query.dtype) for each in (block.keys, block.values))
     if query.shape[2] == 1 and starts is None and block.length:
         return _attend_token(query, keys, values, scale)
     blocks = range(0, query.shape[2], QUERY_BLOCK)

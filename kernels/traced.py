@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from thinkkv.kernels.arena import Arena, Block
+from thinkkv.kernels.entries import states_of
 
 
 def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -46,8 +47,8 @@ def _attend(
         visible = visible & (entry >= starts)
     return scaled_dot_product_attention(
         query.transpose(1, 2),
-        block.keys[:, None],
-        block.values[:, None],
+        states_of(block.keys, query.dtype)[:, None],
+        states_of(block.values, query.dtype)[:, None],
         attn_mask=visible[:, None, None],
         scale=scale,
     ).transpose(1, 2)

@@ -18,7 +18,7 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-enum type { FLOAT32, BFLOAT16, FLOAT16 };
+enum type { FLOAT32, BFLOAT16, FLOAT16, INT8 }; /* the last only as stored entries */
 
 /* What the left side of `products` is in: bfloat16 where the processor multiplies pairs of it and sums in float32. */
 #ifdef __AVX512BF16__
@@ -62,6 +62,18 @@ INLINE vec load(const char *base, int64_t i, enum type type) {
 #else
     typedef _Float16 float16s __attribute__((vector_size(2 * LANES)));
     return __builtin_convertvector((float16s)h, vec);
+#endif
+}
+
+/* LANES small integers. */
+INLINE vec load_bytes(const char *base) {
+    typedef int8_t bytes __attribute__((vector_size(LANES)));
+    bytes narrow;
+    memcpy(&narrow, base, sizeof narrow);
+#ifdef __AVX2__
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_set_epi64x(0, (int64_t)narrow)));
+#else
+    return __builtin_convertvector(narrow, vec);
 #endif
 }
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from thinkkv.kernels.dispatch import operation
+from thinkkv.kernels.entries import states_of
 from thinkkv.sdk.plan import best, pool
 from thinkkv.sdk.policies import Policy
 from thinkkv.sdk.store import RowGroup
@@ -73,7 +74,9 @@ def entries_to_keep(group: RowGroup, queries: torch.Tensor | None, policy: Polic
     )
     kept = [ends.expand(rows, -1)]
     if middle and queries is not None:
-        scores = operation("window_scores", device)(queries.flatten(0, 1), group.keys, scale=scale)
+        scores = operation("window_scores", device)(
+            queries.flatten(0, 1), states_of(group.keys, queries.dtype), scale=scale
+        )
         between = scores.unflatten(0, (rows, -1)).mean(dim=1)[:, sinks : group.length - recent]
         kept.append(best(pool(between, policy.pooling_width), middle, offset=sinks))
     return torch.cat(kept, dim=1).sort(dim=1).values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thinkkv.patches.errors import BudgetError
 
@@ -16,10 +16,12 @@ class Budget:
     Args:
         ratio: share of the prompt's full cache, in (0, 1].
         tokens: tokens per KV head on average; exactly one of the two is given.
+        entry: bytes of a stored token as a share of what it takes in the model's dtype; a ratio is one of bytes.
     """
 
     ratio: float | None = None
     tokens: int | None = None
+    entry: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.tokens is None):
@@ -32,7 +34,7 @@ class Budget:
     def tokens_per_head(self, visible: int) -> float:
         """Tokens per KV head that a layer with ``visible`` tokens may keep on average."""
         if self.ratio is not None:
-            return self.ratio * visible
+            return min(self.ratio / self.entry, 1.0) * visible
         assert self.tokens is not None
         return min(self.tokens, visible)
 
@@ -88,7 +90,8 @@ def check_smallest(policy: str, layers: Sequence[LayerPrompt], budget: Budget, s
             f"a budget of {budget.tokens} tokens per head is below the smallest that {policy} can work with - "
             f"use --budget {smallest} or more"
         )
-    needed = next(percent / 100 for percent in range(1, 101) if math.floor(percent / 100 * visible) >= smallest)
+    larger = (replace(budget, ratio=percent / 100) for percent in range(1, 101))
+    needed = next(budget.ratio for budget in larger if math.floor(budget.tokens_per_head(visible)) >= smallest)
     raise BudgetError(
         f"ratio {budget.ratio:g} of {visible} tokens leaves {have} per head, {policy} needs at least {smallest} - "
         f"use --ratio {needed:g} or more"

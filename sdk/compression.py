@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
+import torch
+
+from thinkkv.kernels.entries import entry_bytes
 from thinkkv.patches.architecture import LayerShape
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, check_smallest, even_layers, everything
 from thinkkv.sdk.policies import Full, Policy
@@ -21,12 +24,25 @@ class Compression:
         shapes: attention geometry per layer.
         decode: ``append`` keeps every generated token in every head (the paper); ``bounded`` cuts the heads that are
             not heterogeneous back to their size after the prompt (ours).
+        dtype: of the model, in whose bytes a ratio is counted.
     """
 
     policy: Policy
     budget: Budget
     shapes: tuple[LayerShape, ...]
     decode: Literal["append", "bounded"] = "append"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def budget_of_entries(self) -> Budget:
+        """The budget for tokens as they are stored."""
+        if not self.policy.quantized:
+            return self.budget
+        sizes = [
+            [entry_bytes(shape.head_dim, self.dtype, quantized=small) for small in (True, False)]
+            for shape in self.shapes
+        ]
+        return replace(self.budget, entry=max(stored / whole for stored, whole in sizes))
 
     def allocate(self, prompt_tokens: int) -> tuple[LayerBudget, ...]:
         """Budgets of all layers for a prompt of this length.
@@ -39,7 +55,7 @@ class Compression:
     def promised_tokens(self, prompt_tokens: int) -> tuple[int, ...]:
         """Per layer: the most tokens, summed over KV heads, that the budget allows for such a prompt."""
         layers = self._layers(prompt_tokens)
-        whole, share = everything(layers), even_layers(layers, self.budget)
+        whole, share = everything(layers), even_layers(layers, self.budget_of_entries)
         return tuple((share[i] if self._is_compressed(layer) else whole[i]).tokens for i, layer in enumerate(layers))
 
     def compresses(self, prompt_tokens: int) -> bool:
@@ -69,8 +85,8 @@ def _allocate(compression: Compression, prompt_tokens: int) -> tuple[LayerBudget
     compressed = [layer for layer in layers if compression._is_compressed(layer)]
     budgets = everything(layers)
     if compressed:
-        policy = compression.policy
-        check_smallest(policy.name, compressed, compression.budget, policy.smallest)
-        for layer, budget in zip(compressed, policy.layer_budgets(compressed, compression.budget), strict=True):
+        policy, promise = compression.policy, compression.budget_of_entries
+        check_smallest(policy.name, compressed, promise, policy.smallest)
+        for layer, budget in zip(compressed, policy.layer_budgets(compressed, promise), strict=True):
             budgets[layer.layer] = budget
     return tuple(budgets)

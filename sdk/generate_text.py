@@ -13,6 +13,7 @@ from transformers import TextStreamer
 
 from thinkkv.patches.errors import ThinkKVError
 from thinkkv.sdk.patching import apply
+from thinkkv.sdk.policies import CacheDtype
 from thinkkv.sdk.profile import HeadProfile
 from thinkkv.sdk.report import Bytes
 
@@ -88,6 +89,7 @@ def generate_text(
     budget: int | None = None,
     profile: HeadProfile | Path | None = None,
     decode: Literal["append", "bounded"] = "append",
+    cache_dtype: CacheDtype | None = None,
     compiled: bool = False,
     max_new_tokens: int = 200,
     temperature: float | None = None,
@@ -99,7 +101,7 @@ def generate_text(
     Args:
         model, tokenizer: from ``sdk.load``.
         prompt: the text; as a user message where ``chat`` is set and the tokenizer has a template.
-        policy, ratio, budget, profile, decode, compiled: as for ``apply``.
+        policy, ratio, budget, profile, decode, cache_dtype, compiled: as for ``apply``.
         max_new_tokens: at most so many.
         temperature: sampling temperature; None decodes greedily.
         echo: receives the text piece by piece while it is generated.
@@ -118,7 +120,14 @@ def generate_text(
     watch = _Watch(tokenizer, echo)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with apply(
-        model, policy=policy, ratio=ratio, budget=budget, profile=profile, decode=decode, compiled=compiled
+        model,
+        policy=policy,
+        ratio=ratio,
+        budget=budget,
+        profile=profile,
+        decode=decode,
+        cache_dtype=cache_dtype,
+        compiled=compiled,
     ) as handle:
         start = time.perf_counter()
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=watch, **sampling)

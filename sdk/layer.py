@@ -181,7 +181,10 @@ class HeterogeneousLayer(CacheLayerMixin):
             summaries.append(self._summary(plan, length, first))
             ends += [length] * self.shape.kv_heads
         following = torch.tensor(ends, dtype=torch.int32, device=device)
-        self.store = LayerStore(prompt.keys.flatten(0, 1), prompt.values.flatten(0, 1), kept, following)
+        quantized = self.compression.policy.quantized
+        self.store = LayerStore(
+            prompt.keys.flatten(0, 1), prompt.values.flatten(0, 1), kept, following, quantized=quantized
+        )
         self.plans = tuple(summaries)
         self.is_initialized = True
 
@@ -203,7 +206,7 @@ class HeterogeneousLayer(CacheLayerMixin):
         assert self.store is not None
         batch, heads, _, dim = query.shape
         operations, arena = self.store.traced, self.store.arena
-        operations.append(arena, keys.flatten(0, 1), values.flatten(0, 1))
+        operations.append(arena, *(self.store.entries(states.flatten(0, 1)) for states in (keys, values)))
         rows = query.reshape(batch * self.shape.kv_heads, self.shape.query_group, 1, dim)
         starts = self.store.starts(arena.lengths, 1, self.shape.window) if self.shape.window is not None else None
         return operations.ragged_decode(arena, rows, scale=scale, starts=starts).reshape(batch, heads, 1, dim)

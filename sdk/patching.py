@@ -11,9 +11,10 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ from thinkkv.sdk.compiled import CompiledStep, inductor
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.generation import check_generation, refuse, setting
 from thinkkv.sdk.linear_layers import LinearLayers
-from thinkkv.sdk.policies import Full, Policy, policy_named
+from thinkkv.sdk.policies import CacheDtype, Full, Policy, policy_named
 from thinkkv.sdk.profile import HeadProfile
 from thinkkv.sdk.rehearsal import rehearse
 from thinkkv.sdk.report import Report, report
@@ -57,6 +58,7 @@ def apply(
     budget: int | None = None,
     profile: HeadProfile | str | Path | None = None,
     decode: Literal["append", "bounded"] = "append",
+    cache_dtype: CacheDtype | None = None,
     compiled: bool | str = False,
 ) -> PatchHandle:
     """Patch a model: from now on it caches what the policy keeps.
@@ -69,6 +71,8 @@ def apply(
         budget: instead of a ratio: tokens per KV head on average.
         profile: fixes which heads are heterogeneous instead of telling them apart per prompt; object or folder.
         decode: ``append`` every new token to every head, or keep the heads that are not heterogeneous ``bounded``.
+        cache_dtype: ``int8`` stores tokens in about half the bytes of 16-bit numbers, so that a ratio keeps about twice
+            as many of them; default what the policy says, which is ``model``.
         compiled: whether to compile steps of one new token (``sdk/compiled.py``): the first takes about a minute, the
             others are faster; or the name of another ``torch.compile`` backend than inductor.
 
@@ -77,7 +81,7 @@ def apply(
 
     Raises:
         UnsupportedModelError: unknown architecture; the message lists the supported ones.
-        BudgetError: an impossible ratio, budget or policy name.
+        BudgetError: an impossible ratio, budget, cache dtype or policy name.
         ProfileMismatchError: the profile is damaged or of another model.
         PatchStateError: the model is patched already.
         UnsupportedGenerationError: bounded decoding cannot be compiled.
@@ -100,11 +104,11 @@ def apply(
         raise ThinkKVError(str(error)) from None
     if isinstance(profile, (str, Path)):
         profile = HeadProfile.load(profile)
-    chosen = _resolve_policy(policy, profile)
+    chosen = _resolve_policy(policy, profile, cache_dtype)
     if profile is not None:
         profile.check(target)
         chosen = profile.fix(chosen)
-    compression = Compression(chosen, _resolve_budget(chosen, ratio, budget), shapes, decode)
+    compression = Compression(chosen, _resolve_budget(chosen, ratio, budget), shapes, decode, target.dtype)
     return PatchHandle(target, compression, inductor if compiled is True else compiled or None)
 
 
@@ -283,10 +287,13 @@ def _unwrapped(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def _resolve_policy(policy: str | Policy | None, profile: HeadProfile | None) -> Policy:
-    if isinstance(policy, Policy):
-        return policy
-    return policy_named(policy or (profile.policy if profile else "task-kv"))
+def _resolve_policy(policy: str | Policy | None, profile: HeadProfile | None, cache_dtype: CacheDtype | None) -> Policy:
+    if cache_dtype not in (None, *get_args(CacheDtype)):
+        raise BudgetError(f"no cache dtype {cache_dtype!r} - choose {' or '.join(get_args(CacheDtype))}")
+    chosen = (
+        policy if isinstance(policy, Policy) else policy_named(policy or (profile.policy if profile else "task-kv"))
+    )
+    return chosen if cache_dtype is None else replace(chosen, cache_dtype=cache_dtype)
 
 
 def _resolve_budget(policy: Policy, ratio: float | None, tokens: int | None) -> Budget:

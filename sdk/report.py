@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from thinkkv.kernels.entries import entry_bytes
 from thinkkv.sdk.bounded import SEGMENT
 from thinkkv.sdk.cache import HeterogeneousCache
 from thinkkv.sdk.layer import HeterogeneousLayer, SequencePlan
@@ -15,7 +16,7 @@ class Bytes:
     """Bytes of keys and values.
 
     Args:
-        full: if every head kept every token that its window admits.
+        full: if every head kept every token that its window admits, in the model's dtype.
         promised: the budget's share of the prompt, and the tokens appended since.
         planned: what the keep-plans need, and the tokens appended since.
         used: rows in use.
@@ -94,7 +95,8 @@ def report(cache: HeterogeneousCache) -> Report:
 
 def _full(layer: HeterogeneousLayer) -> int:
     tokens = (plan.prompt_tokens + new for plan, new in zip(layer.plans, layer.appended, strict=True))
-    return _entry_bytes(layer) * layer.shape.kv_heads * sum(layer.shape.visible(count) for count in tokens)
+    entry = 2 * entry_bytes(layer.shape.head_dim, layer.store.dtype, quantized=False) if layer.store else 0
+    return entry * layer.shape.kv_heads * sum(layer.shape.visible(count) for count in tokens)
 
 
 def _promised(layer: HeterogeneousLayer) -> int:
@@ -157,6 +159,5 @@ def _groups(layer: HeterogeneousLayer) -> list[RowGroup]:
 
 
 def _entry_bytes(layer: HeterogeneousLayer) -> int:
-    """Bytes of one token's key and value in one KV head."""
-    groups = _groups(layer)
-    return 2 * layer.shape.head_dim * groups[0].keys.element_size() if groups else 0
+    """Bytes of one token's key and value in one KV head, as they are stored."""
+    return layer.store.entry_bytes if layer.store else 0

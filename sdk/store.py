@@ -14,6 +14,7 @@ import torch
 
 from thinkkv.kernels.arena import Arena, Block
 from thinkkv.kernels.dispatch import row_operations
+from thinkkv.kernels.entries import entry_bytes, quantize
 
 SPARE_TOKENS = 128
 SPARE_SHARE = 16
@@ -41,7 +42,7 @@ class Row:
 
     Args:
         index: sequence * KV heads + head.
-        keys, values: [T, D], views.
+        keys, values: [T, ...] entries, views.
         positions: [T] int32, ascending token positions.
         limit: tokens to which bounded decoding cuts the row back; None where it may grow.
     """
@@ -75,12 +76,12 @@ class RowGroup:
 
     @property
     def keys(self) -> torch.Tensor:
-        """[r, length, D]."""
+        """[r, length, ...] entries."""
         return self.block.keys[:, : self.length]
 
     @property
     def values(self) -> torch.Tensor:
-        """[r, length, D]."""
+        """[r, length, ...] entries."""
         return self.block.values[:, : self.length]
 
     def positions(self) -> torch.Tensor:
@@ -105,12 +106,20 @@ class LayerStore:
     """All rows of one layer.
 
     Attributes:
-        arena: their keys and values.
+        arena: their keys and values, as entries (``kernels/entries.py``).
         groups: rows of equal length, longest first, one for each block of the arena.
+        dtype: of the model.
+        quantized: whether the entries are small ones.
     """
 
     def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, kept: Sequence[Kept], next_positions: torch.Tensor
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        kept: Sequence[Kept],
+        next_positions: torch.Tensor,
+        *,
+        quantized: bool = False,
     ) -> None:
         """Fill the rows from a prompt.
 
@@ -118,11 +127,19 @@ class LayerStore:
             keys, values: [R, N, D].
             kept: per row what it holds of them.
             next_positions: [R] int32, by row index: position that the row's next token will have.
+            quantized: store small entries.
         """
         self.operations = row_operations(keys.device)
         self.traced = row_operations(keys.device, traced=True)
+        self.dtype, self.quantized = keys.dtype, quantized
+        self.entry_bytes = 2 * entry_bytes(keys.shape[-1], keys.dtype, quantized=quantized)
+        keys, values = self.entries(keys), self.entries(values)
         self._lay_out(keys, [row.positions for row in kept], [row.limit for row in kept], next_positions)
         self.operations.compact(self.arena, keys, values, [row.entries for row in kept])
+
+    def entries(self, states: torch.Tensor) -> torch.Tensor:
+        """What is stored of [..., D] keys or values."""
+        return quantize(states) if self.quantized else states
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append new tokens to every row, in place.
@@ -133,7 +150,7 @@ class LayerStore:
         if self.arena.room < keys.shape[1]:
             with torch.inference_mode(False):  # what inference mode allocates could not be written outside of it
                 self._grow(keys.shape[1])
-        self.operations.append(self.arena, keys, values)
+        self.operations.append(self.arena, self.entries(keys), self.entries(values))
         self.arena.lengthen(keys.shape[1], counted=self.operations.counting)
 
     def append_ragged(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor) -> None:
@@ -143,7 +160,7 @@ class LayerStore:
             keys, values: [R, Q, D] in row order.
             real: [R, Q] bool.
         """
-        following = self.next_positions()
+        following, keys, values = self.next_positions(), self.entries(keys), self.entries(values)
         rows = [self._extended(row, keys, values, real, following) for row in self.rows()]
         self._rebuild(rows, following + real.sum(dim=1).to(torch.int32))
 

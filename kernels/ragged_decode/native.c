@@ -14,6 +14,7 @@
 #define CHUNK 16 /* entries whose values are added at once; half as many where they are widened to float32 */
 #define MAX_GROUP 16
 #define MAX_DIM 256
+#define SCALE_BYTES 4 /* behind the numbers of an int8 entry, see ../entries.py */
 #define SHORTEST_PART 256 /* entries; below it, merging costs more than balance saves */
 
 struct row {
@@ -28,7 +29,7 @@ struct call {
     const int64_t *offsets;
     int64_t dim, group, width, tasks;
     float scale;
-    enum type type;
+    enum type type, stored; /* of query and output, of keys and values */
     struct row *rows;
     int32_t *row_of;  /* [tasks] */
     float *sums;      /* [tasks, group, dim], the weighted sums of values */
@@ -36,6 +37,10 @@ struct call {
     float *totals;    /* [tasks, group] */
     atomic_llong next;
 };
+
+INLINE int64_t entry_bytes(int64_t dim, enum type stored) {
+    return stored == INT8 ? dim + SCALE_BYTES : dim * (int64_t)size_of(stored);
+}
 
 /* 2^r to float32's precision, |r| <= 1/2. */
 #define POWER(r)                                                                                                       \
@@ -170,50 +175,82 @@ INLINE void accumulate(float *sums, float (*weights)[TILE], const char *values, 
         accumulate_lanes(sums, weights, values, count, dim, heads, type);
 }
 
+/* `count` int8 entries, CHUNK at most, each times its own scale. */
+INLINE void dequantize(float *wide, const char *entries, int count, int64_t dim) {
+    for (int t = 0; t < count; t++) {
+        const char *entry = entries + t * (dim + SCALE_BYTES);
+        float scale;
+        memcpy(&scale, entry + dim, sizeof scale);
+        int64_t d = 0;
+#ifdef __AVX512F__
+        for (; d + 16 <= dim; d += 16) {
+            __m512i x = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(entry + d)));
+            _mm512_storeu_ps(wide + t * dim + d, _mm512_cvtepi32_ps(x) * scale);
+        }
+#endif
+        for (; d < dim; d += LANES) {
+            vec x = load_bytes(entry + d) * scale;
+            memcpy(wide + t * dim + d, &x, sizeof x);
+        }
+    }
+}
+
+/* `count` entries to multiply with: themselves, or what int8 ones stand for. */
+INLINE const char *states_of(float *wide, const char *entries, int count, int64_t dim, enum type stored) {
+    if (stored != INT8) return entries;
+    dequantize(wide, entries, count, dim);
+    return (const char *)wide;
+}
+
+/* `type`: what is multiplied, float32 for int8 entries; `stored`: the entries. */
 INLINE void attend_tile(float *sums, float *maxima, float *totals, const char *query, const char *keys,
-                        const char *values, int count, int64_t dim, float scale, int heads, enum type type) {
-    float scores[BLOCK][TILE], last[BLOCK][BLOCK];
-    int64_t bytes = dim * size_of(type);
+                        const char *values, int count, int64_t dim, float scale, int heads, enum type type,
+                        enum type stored) {
+    float scores[BLOCK][TILE], last[BLOCK][BLOCK], wide[stored == INT8 ? CHUNK * dim : 1];
+    int64_t bytes = entry_bytes(dim, stored);
     int t = 0, chunk = OPERAND(type) == FLOAT32 ? CHUNK / 2 : CHUNK;
     for (; t + BLOCK <= count; t += BLOCK) {
         prefetch(values + t * bytes, BLOCK * bytes);
-        products(scores[0] + t, TILE, query, heads, keys + t * bytes, dim, dim, type);
+        products(scores[0] + t, TILE, query, heads, states_of(wide, keys + t * bytes, BLOCK, dim, stored), dim, dim, type);
     }
     for (; t < count; t++) {
-        products(last[0], BLOCK, query, heads, keys + t * bytes, 0, dim, type);
+        products(last[0], BLOCK, query, heads, states_of(wide, keys + t * bytes, 1, dim, stored), 0, dim, type);
         for (int h = 0; h < heads; h++) scores[h][t] = last[h][0];
     }
     for (int h = 0; h < heads; h++) weigh(scores[h], count, scale, maxima + h, totals + h, sums + h * dim, dim);
     for (t = 0; t + chunk <= count; t += chunk) {
         prefetch(keys + (TILE + t) * bytes, chunk * bytes);
-        accumulate(sums, (float(*)[TILE])(scores[0] + t), values + t * bytes, chunk, dim, heads, type);
+        const char *some = states_of(wide, values + t * bytes, chunk, dim, stored);
+        accumulate(sums, (float(*)[TILE])(scores[0] + t), some, chunk, dim, heads, type);
     }
-    accumulate(sums, (float(*)[TILE])(scores[0] + t), values + t * bytes, count - t, dim, heads, type);
+    values = states_of(wide, values + t * bytes, count - t, dim, stored);
+    accumulate(sums, (float(*)[TILE])(scores[0] + t), values, count - t, dim, heads, type);
 }
 
-INLINE void attend_part(const struct call *call, int64_t task, enum type type) {
+INLINE void attend_part(const struct call *call, int64_t task, enum type type, enum type stored) {
     const struct row *row = call->rows + call->row_of[task];
     int64_t dim = call->dim, group = call->group, entry = call->offsets[call->row_of[task]] + row->first;
     int64_t first = (task - row->task) * call->width, end = first + call->width;
     float widened[MAX_GROUP * MAX_DIM], *sums = call->sums + task * group * dim;
     float *maxima = call->maxima + task * group, *totals = call->totals + task * group;
-    const char *query = call->query + call->row_of[task] * group * dim * size_of(type);
-    if (OPERAND(type) != type) {
-        widen(widened, query, group * dim, type);
+    int64_t bytes = entry_bytes(dim, stored);
+    enum type given = stored == INT8 ? call->type : type;
+    const char *query = call->query + call->row_of[task] * group * dim * size_of(given);
+    if (OPERAND(type) != given) {
+        widen(widened, query, group * dim, given);
         query = (const char *)widened;
     }
     memset(sums, 0, group * dim * sizeof *sums);
     for (int64_t h = 0; h < group; h++) maxima[h] = -INFINITY, totals[h] = 0;
     if (end > row->count) end = row->count;
     for (int64_t t = first; t < end; t += TILE) {
-        const char *keys = call->keys + (entry + t) * dim * size_of(type);
-        const char *values = call->values + (entry + t) * dim * size_of(type);
+        const char *keys = call->keys + (entry + t) * bytes, *values = call->values + (entry + t) * bytes;
         int count = end - t < TILE ? end - t : TILE;
         for (int64_t h = 0; h < group; h += BLOCK) {
 #define ATTEND(heads)                                                                                              \
     attend_tile(sums + h * dim, maxima + h, totals + h, query + h * dim * size_of(OPERAND(type)), keys, values, count, \
-                dim, call->scale, heads, type)
-            switch (group - h) { /* constants, for which the compiler makes code of its own */
+                dim, call->scale, heads, type, stored)
+            switch (group - h) { /* constants here, too */
             case 1: ATTEND(1); break;
             case 2: ATTEND(2); break;
             case 3: ATTEND(3); break;
@@ -244,10 +281,11 @@ static void work(void *data) {
     struct call *call = data;
     int64_t task;
     while ((task = atomic_fetch_add(&call->next, 1)) < call->tasks) {
-        switch (call->type) {
-        case FLOAT32: attend_part(call, task, FLOAT32); break;
-        case BFLOAT16: attend_part(call, task, BFLOAT16); break;
-        default: attend_part(call, task, FLOAT16);
+        switch (call->stored) { /* constants, for which the compiler makes code of its own */
+        case FLOAT32: attend_part(call, task, FLOAT32, FLOAT32); break;
+        case BFLOAT16: attend_part(call, task, BFLOAT16, BFLOAT16); break;
+        case FLOAT16: attend_part(call, task, FLOAT16, FLOAT16); break;
+        default: attend_part(call, task, FLOAT32, INT8);
         }
         struct row *row = call->rows + call->row_of[task];
         if (atomic_fetch_sub(&row->open, 1) == 1) merge(call, row);
@@ -257,10 +295,10 @@ static void work(void *data) {
 /* See native.py for the arguments. Returns 0 where memory ran out. */
 int ragged_decode(void *out, const void *query, const void *keys, const void *values, const int64_t *offsets,
                           const int32_t *lengths, const int32_t *starts, int64_t rows, int64_t group, int64_t dim,
-                          float scale, int type, int threads) {
-    int64_t total = 0, tasks = 0;
+                          float scale, int type, int stored, int threads) {
+    int64_t total = 0, tasks = 0, bytes = entry_bytes(dim, stored);
     for (int64_t r = 0; r < rows; r++) total += lengths[r];
-    threads = worthwhile(threads, total * dim * 2 * (int64_t)size_of(type));
+    threads = worthwhile(threads, total * 2 * bytes);
     int64_t width = threads == 1 ? total + 1 : total / (PARTS_PER_THREAD * threads) + 1;
     if (width < SHORTEST_PART) width = SHORTEST_PART;
     width = (width + TILE - 1) / TILE * TILE;
@@ -278,6 +316,7 @@ int ragged_decode(void *out, const void *query, const void *keys, const void *va
     float *sums = (float *)(row_of + most);
     struct call call = {.out = out, .query = query, .keys = keys, .values = values, .offsets = offsets, .dim = dim,
                         .group = group, .width = width, .tasks = tasks, .scale = scale * 1.44269504f, .type = type,
+                        .stored = stored,
                         .rows = row, .row_of = row_of, .sums = sums, .maxima = sums + tasks * group * dim,
                         .totals = sums + tasks * group * (dim + 1)};
     run(work, &call, threads);

@@ -14,9 +14,10 @@ import torch
 from thinkkv.kernels.c_library import TYPES, load
 
 LANES, MAX_GROUP, MAX_DIM = 8, 16, 256
+STORED_TYPES = TYPES | {torch.int8: 3}
 
 _kernel = load(Path(__file__).with_suffix(".c")).ragged_decode
-_kernel.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 3 + [ctypes.c_float, ctypes.c_int, ctypes.c_int]
+_kernel.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 3 + [ctypes.c_float] + [ctypes.c_int] * 3
 _kernel.restype = ctypes.c_int
 
 
@@ -47,7 +48,8 @@ def ragged_decode(
     tensors = (out, query, arena_keys, arena_values, offsets, lengths)
     pointers = (*(tensor.data_ptr() for tensor in tensors), None if starts is None else starts.data_ptr())
     threads = torch.get_num_threads()
-    if not _kernel(*pointers, rows, group, dim, scale, TYPES[query.dtype], threads):
+    types = TYPES[query.dtype], STORED_TYPES[arena_keys.dtype]
+    if not _kernel(*pointers, rows, group, dim, scale, *types, threads):
         raise MemoryError("no memory left to attend to the cache")
     return out
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from thinkkv.kernels.entries import states_of
+
 
 def ragged_decode(
     query: torch.Tensor,
@@ -20,7 +22,7 @@ def ragged_decode(
 
     Args:
         query: [R, G, Q, D], G query heads per row.
-        arena_keys, arena_values: [S, D], a layer's storage.
+        arena_keys, arena_values: [S, D], a layer's storage; or small entries (``thinkkv.kernels.entries``).
         offsets: [R] int64, a row's first arena entry.
         lengths: [R] int32, entries in use with the Q new tokens, the row's last: query i sees the entries below
             ``length - (Q - 1 - i)``.
@@ -40,6 +42,6 @@ def ragged_decode(
             if start >= end:
                 continue
             seen = slice(int(offsets[row]) + start, int(offsets[row]) + end)
-            logits = query[row, :, token].float() @ arena_keys[seen].float().T * scale
-            out[row, :, token] = torch.softmax(logits, dim=-1) @ arena_values[seen].float()
+            logits = query[row, :, token].float() @ states_of(arena_keys[seen], torch.float32).float().T * scale
+            out[row, :, token] = torch.softmax(logits, dim=-1) @ states_of(arena_values[seen], torch.float32).float()
     return out.to(query.dtype)

@@ -51,12 +51,43 @@ TILES: Mapping[tuple[int, int], Mapping[int, Tile]] = {
     (4, 256): {16: Tile(16)},
 }
 
+# Of small entries, which are widened in registers: one height, and little to pipeline.
+QUANTIZED_TILES: Mapping[tuple[int, int], Mapping[int, Tile]] = {
+    (2, 64): {16: Tile(64, num_stages=1)},
+    (2, 128): {16: Tile(32, num_warps=8, num_stages=1)},
+    (2, 256): {16: Tile(16, num_warps=8, num_stages=1)},
+    (4, 64): {16: Tile(16, num_warps=8, num_stages=1)},
+    (4, 128): {16: Tile(16, num_warps=8)},
+    (4, 256): {16: Tile(16, num_warps=8, num_stages=1)},
+}
+
 
 @triton.jit
 def dot(b_left: tl.tensor, b_right: tl.tensor, FLOAT32_DOT: tl.constexpr) -> tl.tensor:
     if FLOAT32_DOT:
         b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
     return tl.dot(b_left, b_right, input_precision="ieee")
+
+
+@triton.jit
+def load_entries(
+    p_entries: tl.tensor,
+    place: tl.tensor,
+    o_entry: tl.tensor,
+    o_d: tl.tensor,
+    m_d: tl.tensor,
+    DIM: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+) -> tl.tensor:
+    """[BLOCK_N, PADDED_DIM] states, of entries that are these, or their int8 numbers and a scale behind them."""
+    SIZE: tl.constexpr = DIM + 4 * QUANTIZED
+    # An entry's place is 64-bit and scalar, offsets inside a tile fit 32 bits.
+    base = place * SIZE
+    b_numbers = tl.load(p_entries + base + o_entry[:, None] * SIZE + o_d[None, :], mask=m_d[None, :], other=0.0)
+    if QUANTIZED:
+        p_scales = (p_entries + base + o_entry * SIZE + DIM).to(tl.pointer_type(tl.float32))
+        b_numbers = b_numbers.to(tl.float32) * tl.load(p_scales)[:, None]
+    return b_numbers
 
 
 @triton.jit(do_not_specialize=["n_queries", "split"])
@@ -80,6 +111,7 @@ def attend_split(
     PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,
 ) -> None:
     i_split, i_row, i_block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -111,7 +143,6 @@ def attend_split(
     o_query = i_row * stride_row + i_head.to(tl.int64) * stride_head + i_query.to(tl.int64) * stride_token
     b_query = tl.load(p_query + o_query[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
 
-    # A tile's place is 64-bit and scalar, offsets inside a tile fit 32 bits.
     entry = tl.load(p_offsets + i_row)
     b_highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_total = tl.zeros([BLOCK_M], tl.float32)
@@ -119,10 +150,9 @@ def attend_split(
     for begin in range(first + (lowest - first) // BLOCK_N * BLOCK_N, last, BLOCK_N):
         o_entry = begin + o_n
         # Past the end the last entry is read again: nothing unused is touched and rows need no mask.
-        o_tile = tl.minimum(o_n, last - 1 - begin)[:, None] * DIM + o_d[None, :]
-        base = (entry + begin) * DIM
+        o_tile = tl.minimum(o_n, last - 1 - begin)
         # [BLOCK_N, PADDED_DIM]
-        b_keys = tl.load(p_keys + base + o_tile, mask=m_d[None, :], other=0.0)
+        b_keys = load_entries(p_keys, entry + begin, o_tile, o_d, m_d, DIM, QUANTIZED).to(b_query.dtype)
         # [BLOCK_M, BLOCK_N]
         b_scores = dot(b_query, tl.trans(b_keys), FLOAT32_DOT) * scale
         if p_starts is None:
@@ -135,11 +165,11 @@ def attend_split(
         # A slot that has seen nothing yet stays at -inf; subtracting 0 instead keeps its weights 0, not NaN.
         b_level = tl.where(b_higher == float("-inf"), 0.0, b_higher)
         # Rounded before they are summed, so that rounding does not shift the weighted mean.
-        b_weights = tl.exp2(b_scores - b_level[:, None]).to(p_values.dtype.element_ty)
+        b_weights = tl.exp2(b_scores - b_level[:, None]).to(b_query.dtype)
         b_decay = tl.exp2(b_highest - b_level)
         b_total = b_total * b_decay + tl.sum(b_weights.to(tl.float32), axis=1)
         # [BLOCK_N, PADDED_DIM]
-        b_values = tl.load(p_values + base + o_tile, mask=m_d[None, :], other=0.0)
+        b_values = load_entries(p_values, entry + begin, o_tile, o_d, m_d, DIM, QUANTIZED).to(b_query.dtype)
         b_out = b_out * b_decay[:, None] + dot(b_weights, b_values, FLOAT32_DOT)
         b_highest = b_higher
 
@@ -245,7 +275,8 @@ def ragged_decode(
 
     Args:
         query: [R, G, Q, D] float16, bfloat16 or float32, any strides; G query heads per row.
-        arena_keys, arena_values: [S, D] contiguous, in query's dtype: a layer's storage.
+        arena_keys, arena_values: [S, D] contiguous, in query's dtype: a layer's storage; or small entries
+            (``thinkkv.kernels.entries``).
         offsets: [R] int64, a row's first arena entry.
         lengths: [R] int32, entries in use with the Q new tokens, the row's last: query i sees the entries below
             ``length - (Q - 1 - i)``.
@@ -262,8 +293,8 @@ def ragged_decode(
         return out
     query = query if query.stride(-1) == 1 else query.contiguous()
     starts = None if starts is None else starts.contiguous()
-    padded = padded_dim(dim)
-    tiles = TILES[query.element_size(), padded]
+    padded, quantized = padded_dim(dim), arena_keys.dtype == torch.int8
+    tiles = (QUANTIZED_TILES if quantized else TILES)[query.element_size(), padded]
     block_m = query_block(group * new, tiles)
     blocks = triton.cdiv(group * new, block_m)
     split = split_length(longest, rows, blocks)
@@ -290,6 +321,7 @@ def ragged_decode(
         PADDED_DIM=padded,
         BLOCK_M=block_m,
         BLOCK_N=tiles[block_m].block_n,
+        QUANTIZED=quantized,
         FLOAT32_DOT=INTERPRETED,
         num_warps=tiles[block_m].num_warps,
         num_stages=tiles[block_m].num_stages,
@@ -318,36 +350,47 @@ GROUPS = {16: (1, 7), 32: (8,), 64: (7,)}
 
 
 def variants() -> list[Variant]:
-    """Every dtype, head dimension and tile; the window and the single split for one group each; the merge."""
+    """Every dtype, head dimension and tile; window, single split and small entries for one group each; the merge."""
     found = []
     for dtype, dim in product(ELEMENT_BYTES, HEAD_DIMS):
         for block_m in TILES[ELEMENT_BYTES[dtype], padded_dim(dim)]:
             found += [split_variant(dtype, dim, group, block_m) for group in GROUPS[block_m]]
         found.append(split_variant(dtype, dim, 7, 16, window=True))
         found.append(split_variant(dtype, dim, 7, 16, single=True))
+        if (dtype, dim) != ("fp32", 256):  # works, but spills 16 bytes on sm_90
+            found.append(split_variant(dtype, dim, 7, 16, quantized=True))
         found.append(merge_variant(dtype, dim))
     return found
 
 
 def split_variant(
-    dtype: str, dim: int, group: int, block_m: int, *, window: bool = False, single: bool = False
+    dtype: str,
+    dim: int,
+    group: int,
+    block_m: int,
+    *,
+    window: bool = False,
+    single: bool = False,
+    quantized: bool = False,
 ) -> Variant:
     """One form of ``attend_split``; a single split writes the output itself, in its dtype."""
     padded = padded_dim(dim)
-    tile = TILES[ELEMENT_BYTES[dtype], padded][block_m]
+    tile = (QUANTIZED_TILES if quantized else TILES)[ELEMENT_BYTES[dtype], padded][block_m]
     constexprs = {
         "GROUP": group,
         "DIM": dim,
         "PADDED_DIM": padded,
         "BLOCK_M": block_m,
         "BLOCK_N": tile.block_n,
+        "QUANTIZED": quantized,
         "FLOAT32_DOT": False,
     }
     absent = {name: None for name, given in (("p_starts", window), ("p_levels", not single)) if not given}
+    stored = "*i8" if quantized else f"*{dtype}"
     pointers = {
         "p_query": f"*{dtype}",
-        "p_keys": f"*{dtype}",
-        "p_values": f"*{dtype}",
+        "p_keys": stored,
+        "p_values": stored,
         "p_offsets": "*i64",
         "p_lengths": "*i32",
         "p_starts": "*i32",
@@ -356,7 +399,7 @@ def split_variant(
     }
     strides = dict.fromkeys(("stride_row", "stride_head", "stride_token"), "i32")
     plain = {"scale": "fp32", "n_queries": "i32", "split": "i32"}
-    form = " window" * window + " single" * single
+    form = " window" * window + " single" * single + " int8" * quantized
     return Variant(
         operation="ragged_decode",
         name=f"split {dtype} D{dim} G{group}->{block_m}{form}",
@@ -366,7 +409,7 @@ def split_variant(
         divisible=frozenset(pointers | strides) - absent.keys(),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        streams=True,
+        streams=not quantized,  # whose entries begin at multiples of four bytes
     )
 
 

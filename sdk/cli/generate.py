@@ -46,6 +46,11 @@ Examples:
     help="Whether other than full heads keep every new token, or stay at the size they had after the prompt.",
 )
 @click.option(
+    "--cache-dtype",
+    type=click.Choice(("model", "int8")),
+    help="Store tokens in the model's dtype, or in about half the bytes of 16 bits: a ratio then keeps twice as many.",
+)
+@click.option(
     "--compile",
     "compiled",
     is_flag=True,
@@ -66,6 +71,7 @@ def generate(
     ratio: float | None,
     budget: int | None,
     decode: Literal["append", "bounded"],
+    cache_dtype: Literal["model", "int8"] | None,
     compiled: bool,
     prompt: str | None,
     prompt_file: Path | None,
@@ -97,6 +103,7 @@ def generate(
         budget=budget,
         profile=profile,
         decode=decode,
+        cache_dtype=cache_dtype,
         compiled=compiled,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

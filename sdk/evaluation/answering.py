@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ class Turn:
 
     def __init__(self, model: Any, cache: HeterogeneousCache, mask: torch.Tensor) -> None:
         self._model, self._cache, self._mask = model, cache, mask
+
+    def copy(self) -> Turn:
+        """The same conversations, to go on in another way."""
+        return Turn(self._model, deepcopy(self._cache), self._mask)
 
     @torch.inference_mode()
     def feed(self, rows: Sequence[Sequence[int]], *, keep: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from thinkkv.patches.errors import ThinkKVError
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.evaluation.answering import Turn
 from thinkkv.sdk.evaluation.journal import Journal, Outcome
-from thinkkv.sdk.evaluation.prefill import Prefill, prefill
+from thinkkv.sdk.evaluation.prefill import prefill
 from thinkkv.sdk.evaluation.sample import Encoded
 from thinkkv.sdk.evaluation.setting import Setting, profile_key
 from thinkkv.sdk.evaluation.tasks.task import Task
@@ -152,8 +152,10 @@ class Evaluation:
         for setting, compression in compressions.items():
             cache = filled.cache(compression)
             held = report(cache).bytes
-            scores = self._answer(cell, samples, Turn(self.model, cache, filled.mask), filled.logits)
-            losses = self._losses(cell, samples, filled, compression)
+            turn = Turn(self.model, cache, filled.mask)
+            asked = _asked(cell, samples, turn, filled.logits)
+            losses = self._losses(cell, samples, turn, asked)
+            scores = self._answer(cell, samples, turn, asked)
             yield [
                 Outcome(
                     cell.task.name, cell.question, cell.size, number, setting.name, setting.ratio, len(prompt),
@@ -163,10 +165,9 @@ class Evaluation:
             ]  # fmt: skip
 
     def _answer(self, cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: Any) -> list[tuple[float, str]]:
-        """Score and answer of each sample."""
+        """Score and answer of each sample; for perplexity the loss of its continuation, and no text."""
         if cell.task.metric == "perplexity":
             return [(loss, "") for loss in turn.losses([sample.question for sample in samples])]
-        logits = _asked(cell, samples, turn, logits)
         lengths = [self._new_tokens(sample) for sample in samples]
         said = turn.answer(logits, max(lengths), self._stop())
         texts = [
@@ -175,15 +176,11 @@ class Evaluation:
         ]
         return [(cell.task.score(sample.sample, text), text) for sample, text in zip(samples, texts, strict=True)]
 
-    def _losses(
-        self, cell: Cell, samples: Sequence[Encoded], filled: Prefill, compression: Compression
-    ) -> Sequence[float | None]:
-        """Of the right answer of each sample, in a cache of its own: the other one has the model's answer in it."""
+    def _losses(self, cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: Any) -> Sequence[float | None]:
+        """Of the right answer of each sample, in a cache of its own: the other one gets the model's answer."""
         if cell.task.metric == "perplexity":
             return [None] * len(samples)
-        turn = Turn(self.model, filled.cache(compression), filled.mask)
-        logits = _asked(cell, samples, turn, filled.logits)
-        return turn.answer_losses(logits, [self._expected(sample) for sample in samples])
+        return turn.copy().answer_losses(logits, [self._expected(sample) for sample in samples])
 
     def _expected(self, sample: Encoded) -> list[int]:
         """Token ids of the right answer, as it would follow the question."""
@@ -204,7 +201,7 @@ class Evaluation:
     def _compression(self, setting: Setting, handle: PatchHandle) -> Compression:
         profile = self.profiles.get(setting.policy.name)
         policy = setting.policy if profile is None else profile.fix(setting.policy)
-        return Compression(policy, setting.budget, handle.shapes)
+        return Compression(policy, setting.budget, handle.shapes, dtype=self.model.dtype)
 
 
 def key(cell: Cell, number: int, setting: Setting) -> tuple[Any, ...]:
@@ -224,4 +221,6 @@ def _compressed(cell: Cell, sample: Encoded) -> tuple[int, ...]:
 
 def _asked(cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: Any) -> Any:
     """[B, V] after the questions: they are fed now, or were part of what was compressed."""
+    if cell.task.metric == "perplexity":
+        return logits  # what would be fed is what is scored
     return turn.feed([sample.question for sample in samples], keep=1)[:, -1] if cell.question == "after" else logits

@@ -6,7 +6,7 @@ from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.policies.adakv import AdaKV
 from thinkkv.sdk.policies.full import Full
 from thinkkv.sdk.policies.kvzip import KVzip
-from thinkkv.sdk.policies.policy import Policy
+from thinkkv.sdk.policies.policy import CacheDtype, Policy
 from thinkkv.sdk.policies.pyramidkv import PyramidKV
 from thinkkv.sdk.policies.rehearsed_kv import RehearsedKV
 from thinkkv.sdk.policies.retrieval_kv import RetrievalKV
@@ -22,6 +22,7 @@ POLICIES: dict[str, type[Policy]] = {
 __all__ = [
     "POLICIES",
     "AdaKV",
+    "CacheDtype",
     "Full",
     "KVzip",
     "Policy",

@@ -4,27 +4,45 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
 from thinkkv.sdk.plan import KeepPlan, PromptView
 
+CacheDtype = Literal["model", "int8"]
+"""What keys and values are stored in: the model's dtype, or integers with a scale per token of each head."""
 
+
+@dataclass(frozen=True)
 class Policy(ABC):
-    """A rule for what each KV head keeps of the prompt; a frozen dataclass of its named choices."""
+    """A rule for what each KV head keeps of the prompt; a frozen dataclass of its named choices.
+
+    Args:
+        cache_dtype: what kept tokens, and all that follow, are stored in. Tokens in int8 take about half the bytes of
+            16-bit ones (``kernels/entries.py``), so a ratio keeps about twice as many.
+    """
 
     name: ClassVar[str]
 
     rehearses: ClassVar[bool] = False
     """Whether the model reads a prompt again before it is compressed, all layers at once (``sdk/rehearsal.py``)."""
 
+    cache_dtype: CacheDtype = field(default="model", kw_only=True)
+
     profile_score: ClassVar[str | None] = None
     """The calibration score whose profiles the policy takes as its ``head_scores``; None where it takes none."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its named choices; a profile's scores are not among them."""
-        return {name: value for name, value in vars(self).items() if name != "head_scores"}
+        """Its named choices; a profile's scores are not among them, nor the usual way of storing."""
+        named = {name: value for name, value in vars(self).items() if name != "head_scores"}
+        return named if self.quantized else {name: value for name, value in named.items() if name != "cache_dtype"}
+
+    @property
+    def quantized(self) -> bool:
+        """Whether tokens are stored in small entries."""
+        return self.cache_dtype == "int8"
 
     @property
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,11 @@ def test_dense_logits_of_a_real_model_stay_equal(smollm2: Any) -> None:
     assert (after - before).abs().max() < 2 * (before - exact_before).abs().max()
     assert torch.equal(after.argmax(-1), before.argmax(-1))
     assert (dense_logits(done.model.double(), ids) - exact_before).abs().max() < 1e-5
+
+
+def test_a_cache_in_another_dtype_is_the_runtimes_own_business() -> None:
+    model = new_model("llama", 4)
+    with pytest.raises(ExportError, match="without cache_dtype"):
+        bake(
+            model, None, policy=replace(SMALL, cache_dtype="int8"), budget=Budget(ratio=0.6), profile=profile_of(model)
+        )

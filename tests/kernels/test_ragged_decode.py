@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.conformance.closeness import assert_close
 from tests.kernels.accuracy import DEVICE, RMS
+from thinkkv.kernels.entries import quantize, states_of
 from thinkkv.kernels.ragged_decode import reference
 
 GAP = 3
@@ -135,6 +136,18 @@ HALVES = [replace(case, dtype=dtype) for case in FORMS for dtype in (torch.float
 @pytest.mark.parametrize("case", [*FORMS, *HALVES], ids=str)
 def test_attention_equals_a_masked_float64_softmax(attend: Callable[..., torch.Tensor], case: Case) -> None:
     check(attend, case)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", RMS, ids=str)
+@pytest.mark.parametrize("case", [*DECODE, *CHUNKS, *SPLITS, *WINDOWS], ids=str)
+def test_small_entries_are_attended_as_what_they_stand_for(
+    attend: Callable[..., torch.Tensor], case: Case, dtype: torch.dtype
+) -> None:
+    arguments = replace(case, dtype=dtype).arguments()
+    small = {name: quantize(arguments[name]) for name in ("arena_keys", "arena_values")}
+    exactly = {name: states_of(entries, torch.float32) for name, entries in small.items()}
+    assert_close(attend(**arguments | small), exact(arguments | exactly), rms=2 * RMS[dtype])
 
 
 @settings(max_examples=12)

@@ -15,6 +15,7 @@ from tests.kernels.accuracy import RMS
 from thinkkv.kernels import c_library, native
 from thinkkv.kernels.arena import Arena
 from thinkkv.kernels.c_library import NoKernelError
+from thinkkv.kernels.entries import quantize, states_of
 from thinkkv.kernels.ragged_decode import native as kernel
 
 
@@ -59,12 +60,24 @@ def random_rows(lengths: list[int], dim: int, dtype: torch.dtype, seed: int) -> 
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     threads=st.integers(1, 3),
     windowed=st.booleans(),
+    quantized=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_equals_float64(
-    lengths: list[int], group: int, dim: int, dtype: torch.dtype, threads: int, windowed: bool, seed: int
+    lengths: list[int],
+    group: int,
+    dim: int,
+    dtype: torch.dtype,
+    threads: int,
+    windowed: bool,
+    quantized: bool,
+    seed: int,
 ) -> None:
-    rows = random_rows(lengths, dim, dtype, seed)
+    keys, values, *places = random_rows(lengths, dim, dtype, seed)
+    rows = exact = keys, values, *places
+    if quantized:
+        rows = quantize(keys), quantize(values), *places
+        exact = *(states_of(entries, torch.float32) for entries in rows[:2]), *places
     generator = torch.Generator().manual_seed(seed + 1)
     query = torch.randn(len(lengths), group, 1, dim, generator=generator).to(dtype)
     starts = torch.randint(-5, 300, (len(lengths), 1), generator=generator, dtype=torch.int32) if windowed else None
@@ -74,7 +87,7 @@ def test_equals_float64(
         found = kernel.ragged_decode(query, *rows, starts, 0.3)
     finally:
         torch.set_num_threads(usual)
-    expected = attended(query, *rows, starts, 0.3)
+    expected = attended(query, *exact, starts, 0.3)
     assert found.dtype == dtype
     assert (found.double() - expected).norm() <= RMS[dtype] * expected.norm()
 

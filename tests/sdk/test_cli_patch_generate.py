@@ -136,6 +136,18 @@ def test_generate_in_both_decode_modes(thinkkv, checkpoint, mode):
     assert done.json["bytes"]["used"] == done.json["bytes"]["planned"] <= done.json["bytes"]["promised"]
 
 
+def test_generate_stores_more_tokens_in_the_same_bytes(thinkkv, checkpoint):
+    def used(*options):
+        call = ("generate", "--model", checkpoint, "--policy", "full", "--prompt", PROMPT, "--max-new-tokens", "5")
+        done = thinkkv(*call, *options, "--json")
+        assert done.code == 0
+        return done.json["bytes"]["used"], done.json["bytes"]["full"]
+
+    (stored, full), (small, same) = used(), used("--cache-dtype", "int8")
+    assert stored == full == same
+    assert full / 4 < small < full / 2.5  # the checkpoint is in float32
+
+
 def test_generate_reads_standard_input_and_files(thinkkv, checkpoint, tmp_path, monkeypatch):
     import io
 

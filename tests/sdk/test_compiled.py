@@ -15,7 +15,7 @@ from tests.tiny_models import Batch, new_model, prompts
 from thinkkv import sdk
 from thinkkv.kernels.arena import Arena
 from thinkkv.sdk.compiled import row_product
-from thinkkv.sdk.policies import AdaKV, KVzip, Policy, SnapKV
+from thinkkv.sdk.policies import AdaKV, CacheDtype, KVzip, Policy, SnapKV
 from thinkkv.sdk.store import SPARE_TOKENS
 
 STEPS = 12
@@ -54,8 +54,9 @@ def step_logits(model: Any, batch: Batch, steps: int, handle: sdk.PatchHandle, t
         AdaKV(observation_window=4),
         KVzip(sinks=2, recent=3, whole=26),
         SMALL_REHEARSED_KV,
+        SnapKV(observation_window=4, cache_dtype="int8"),
     ],
-    ids=lambda policy: policy.name,
+    ids=lambda policy: f"{policy.name}-{policy.cache_dtype}",
 )
 @pytest.mark.parametrize("variant", ["llama", "qwen2-mixed", "qwen3", "mistral-window"])
 def test_compiled_steps_equal_uncompiled_ones(variant: str, policy: Policy) -> None:
@@ -110,13 +111,15 @@ def test_generate_is_unchanged(model: Any, ids: torch.Tensor) -> None:
         assert torch.equal(model.generate(ids, **options), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_inductor_gives_the_same_logits(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"), [(torch.float32, "model"), (torch.bfloat16, "model"), (torch.float32, "int8")], ids=str
+)
+def test_inductor_gives_the_same_logits(dtype: torch.dtype, cache_dtype: CacheDtype) -> None:
     model = new_model("llama", 2).to(dtype)
-    batch = prompts([60])
-    with sdk.apply(model, policy=SMALL_TASK_KV, ratio=0.4) as handle:
+    batch, options = prompts([60]), {"policy": SMALL_TASK_KV, "ratio": 0.4, "cache_dtype": cache_dtype}
+    with sdk.apply(model, **options) as handle:
         expected = step_logits(model, batch, STEPS, handle)
-    with sdk.apply(model, policy=SMALL_TASK_KV, ratio=0.4, compiled=True) as handle:
+    with sdk.apply(model, **options, compiled=True) as handle:
         found = step_logits(model, batch, STEPS, handle)
     error = (found - expected).double().norm() / expected.double().norm()
     assert error < (1e-5 if dtype == torch.float32 else 2e-2)

@@ -1,0 +1,55 @@
+"""The dense reference of a cache in int8: what follows a prompt sees keys and values rounded to 255 steps a token.
+
+The rounding is written down once more here, in numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface
+
+from tests.conformance.dense_reference import DenseReference, Kept
+from tests.tiny_models import Batch
+
+NAME = "quantized-reference"
+
+
+class QuantizedReference(DenseReference):
+    """As DenseReference, but tokens after the prompt attend to rounded keys and values."""
+
+    def __init__(self, model: Any, windows: Sequence[int | None]) -> None:
+        super().__init__(model, windows)
+        AttentionInterface.register(NAME, _attention)
+        self._model.set_attn_implementation(NAME)
+
+    def logits(self, batch: Batch, kept: Kept | None, *, prompt: int) -> torch.Tensor:
+        """As of a cache that is not rounded."""
+        for layer in self._model.model.layers:
+            layer.self_attn.prompt_columns = prompt
+        return super().logits(batch, kept, prompt=prompt)
+
+
+def rounded(states: torch.Tensor) -> torch.Tensor:
+    """[..., D] float32, every row as multiples of its largest number's 127th part."""
+    exact = states.numpy()
+    step = np.abs(exact).max(axis=-1, keepdims=True) / np.float32(127)
+    step[step == 0] = 1  # padding
+    return torch.from_numpy(np.rint(exact / step) * step)
+
+
+def _attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """[B, T, Hq, D]: columns of the prompt over exact states, the others over rounded ones."""
+    outputs = []
+    for states in ((key, value), (rounded(key), rounded(value))):
+        keys, values = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in states)
+        weights = torch.softmax(query @ keys.transpose(2, 3) * options["scaling"] + mask, dim=-1)
+        outputs.append((weights @ values).transpose(1, 2))
+    exact, small = outputs
+    columns = module.prompt_columns
+    return torch.cat([exact[:, :columns], small[:, columns:]], dim=1), None
