@@ -27,6 +27,11 @@ def quantize(states: torch.Tensor) -> torch.Tensor:
     return torch.cat([(wide / scale).round_().to(torch.int8), scale.view(torch.int8)], dim=-1)
 
 
+def entries_of(states: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """What an arena of dtype ``stored`` holds of [..., D] states: themselves, or small entries."""
+    return quantize(states) if stored == torch.int8 else states
+
+
 def states_of(entries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The states in [..., D] or [..., D + SCALE_BYTES] entries: [..., D], the entries themselves where they are that.
 

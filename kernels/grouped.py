@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from thinkkv.kernels.arena import Arena, Block
-from thinkkv.kernels.entries import states_of
+from thinkkv.kernels.entries import entries_of, quantize, states_of
 
 QUERY_BLOCK = 512
 """Queries attended at once for a chunk; bounds the mask to ``group * QUERY_BLOCK * T`` booleans."""
@@ -26,25 +26,28 @@ def compact(arena: Arena, keys: torch.Tensor, values: torch.Tensor, kept: Sequen
 
     Args:
         arena: laid out for these lengths.
-        keys, values: [R, N, D], entries.
+        keys, values: [R, N, D].
         kept: per row the int64 entries to keep, in the order to store them.
     """
     for block in arena.blocks:
         for place, row in enumerate(block.index):
             for states, stored in ((keys[row], block.keys[place]), (values[row], block.values[place])):
-                target = stored[: block.length]
-                if block.length == states.shape[0]:
+                target, whole = stored[: block.length], block.length == states.shape[0]
+                if target.dtype == torch.int8:
+                    target.copy_(quantize(states if whole else states[kept[row]]))
+                elif whole:
                     target.copy_(states)
                 else:
                     torch.index_select(states, 0, kept[row], out=target)
 
 
 def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Write [R, Q, D] new entries behind every row, in place, where every row must have room.
+    """Write [R, Q, D] new tokens behind every row, in place, where every row must have room.
 
     The arena's own lengths are the caller's to change.
     """
     new = keys.shape[1]
+    keys, values = (entries_of(states, arena.keys.dtype) for states in (keys, values))
     for block, new_keys, new_values in zip(arena.blocks, arena.split(keys), arena.split(values), strict=True):
         block.keys.narrow(1, block.length, new).copy_(new_keys)
         block.values.narrow(1, block.length, new).copy_(new_values)

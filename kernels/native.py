@@ -9,17 +9,21 @@ from __future__ import annotations
 import torch
 
 from thinkkv.kernels import grouped
+from thinkkv.kernels.append import native as quantizing
 from thinkkv.kernels.arena import Arena
+from thinkkv.kernels.entries import entries_of
 from thinkkv.kernels.ragged_decode import native as kernel
 
 
 def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor) -> None:
     """As ``thinkkv.kernels.grouped.append``, and ``arena.lengths`` counts the entries."""
     new = keys.shape[1]
-    if new == 1:
+    if new == 1 and arena.keys.dtype == torch.int8 and not torch.compiler.is_compiling() and quantizing.takes(keys):
+        quantizing.append(keys[:, 0], values[:, 0], arena.keys, arena.values, arena.offsets, arena.lengths)
+    elif new == 1:
         ends = arena.offsets + arena.lengths
-        arena.keys.index_copy_(0, ends, keys[:, 0])
-        arena.values.index_copy_(0, ends, values[:, 0])
+        for stored, states in ((arena.keys, keys), (arena.values, values)):
+            stored.index_copy_(0, ends, entries_of(states[:, 0], stored.dtype))
     else:
         grouped.append(arena, keys, values)
     arena.lengths.add_(new)

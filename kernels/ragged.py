@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from thinkkv.kernels.arena import Arena
+from thinkkv.kernels.entries import entries_of
 
 Kernel = Callable[..., Any]
 
@@ -19,6 +20,7 @@ def compact(
     arena: Arena, keys: torch.Tensor, values: torch.Tensor, kept: Sequence[torch.Tensor], *, kernel: Kernel
 ) -> None:
     """As ``thinkkv.kernels.grouped.compact``."""
+    keys, values = (entries_of(states, arena.keys.dtype) for states in (keys, values))
     counts = torch.tensor([0, *(len(entries) for entries in kept)], device=keys.device)
     longest = max(map(len, kept))
     chosen = torch.cat(list(kept))

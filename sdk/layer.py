@@ -206,7 +206,7 @@ class HeterogeneousLayer(CacheLayerMixin):
         assert self.store is not None
         batch, heads, _, dim = query.shape
         operations, arena = self.store.traced, self.store.arena
-        operations.append(arena, *(self.store.entries(states.flatten(0, 1)) for states in (keys, values)))
+        operations.append(arena, keys.flatten(0, 1), values.flatten(0, 1))
         rows = query.reshape(batch * self.shape.kv_heads, self.shape.query_group, 1, dim)
         starts = self.store.starts(arena.lengths, 1, self.shape.window) if self.shape.window is not None else None
         return operations.ragged_decode(arena, rows, scale=scale, starts=starts).reshape(batch, heads, 1, dim)

@@ -133,8 +133,9 @@ class LayerStore:
         self.traced = row_operations(keys.device, traced=True)
         self.dtype, self.quantized = keys.dtype, quantized
         self.entry_bytes = 2 * entry_bytes(keys.shape[-1], keys.dtype, quantized=quantized)
-        keys, values = self.entries(keys), self.entries(values)
-        self._lay_out(keys, [row.positions for row in kept], [row.limit for row in kept], next_positions)
+        self._lay_out(
+            self.entries(keys[:, :0]), [row.positions for row in kept], [row.limit for row in kept], next_positions
+        )
         self.operations.compact(self.arena, keys, values, [row.entries for row in kept])
 
     def entries(self, states: torch.Tensor) -> torch.Tensor:
@@ -150,7 +151,7 @@ class LayerStore:
         if self.arena.room < keys.shape[1]:
             with torch.inference_mode(False):  # what inference mode allocates could not be written outside of it
                 self._grow(keys.shape[1])
-        self.operations.append(self.arena, self.entries(keys), self.entries(values))
+        self.operations.append(self.arena, keys, values)
         self.arena.lengthen(keys.shape[1], counted=self.operations.counting)
 
     def append_ragged(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor) -> None:

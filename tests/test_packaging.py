@@ -33,6 +33,14 @@ def test_top_level_folders_are_mapped() -> None:
     assert mapped == {f"thinkkv.{folder}": folder for folder in FOLDERS if (ROOT / folder / "__init__.py").exists()}
 
 
+def test_sources_in_c_are_shipped() -> None:
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    sources = [path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.[ch]")]
+    patterns = {path: data["*"] + data.get(".".join(("thinkkv", *path.parent.parts)), []) for path in sources}
+    assert sources
+    assert [str(path) for path, mine in patterns.items() if not any(map(path.match, mine))] == []
+
+
 def test_the_tested_versions_are_exact() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from thinkkv.kernels.entries import entries_of
+
 
 def append(
     new_keys: torch.Tensor,
@@ -24,7 +26,7 @@ def append(
 
     Args:
         new_keys, new_values: [R, Q, D], any strides.
-        arena_keys, arena_values: [S, D], a layer's storage, written.
+        arena_keys, arena_values: [S, D], a layer's storage, written; int8: as small entries.
         offsets: [R] int64, a row's first arena entry.
         lengths: [R] int32, tokens ever written to a row, raised; with a ring this may pass the row's entries.
         counts: [R] int32, how many of the Q tokens are real, the last ones (left padding); None: all.
@@ -38,6 +40,6 @@ def append(
             if ring_first is not None and ring_size is not None and ring_size[row] > 0:
                 first, size = int(ring_first[row]), int(ring_size[row])
                 slot = slot if slot < first + size else first + (slot - first) % size
-            arena_keys[offsets[row] + slot] = new_keys[row, token]
-            arena_values[offsets[row] + slot] = new_values[row, token]
+            for stored, states in ((arena_keys, new_keys), (arena_values, new_values)):
+                stored[offsets[row] + slot] = entries_of(states[row, token], stored.dtype)
             lengths[row] += 1

@@ -12,6 +12,33 @@ BLOCK_TOKENS = 16
 """Tokens that a program copies at once; a decode step has one."""
 
 
+@triton.jit
+def store_entries(
+    p_entries: tl.tensor,
+    o_entry: tl.tensor,
+    o_d: tl.tensor,
+    b_states: tl.tensor,
+    m_tile: tl.tensor,
+    m_entry: tl.tensor,
+    DIM: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+) -> None:
+    """[BLOCK_T, PADDED_DIM] states, zeros beyond DIM, as they are or as int8 numbers and a scale behind them."""
+    if QUANTIZED:
+        b_states = b_states.to(tl.float32)
+        # [BLOCK_T]
+        b_scales = tl.maximum(tl.max(tl.abs(b_states), axis=1) / 127, 1.1754943508222875e-38)
+        b_scales += tl.sum(b_states * 0.0, axis=1)  # what is no number is not hidden
+        b_exact = tl.div_rn(b_states, b_scales[:, None])
+        # Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
+        b_numbers = ((b_exact + 12582912.0) - 12582912.0).to(tl.int8)
+        o_byte = o_entry * (DIM + 4)
+        tl.store(p_entries + o_byte[:, None] + o_d[None, :], b_numbers, mask=m_tile)
+        tl.store((p_entries + o_byte + DIM).to(tl.pointer_type(tl.float32)), b_scales, mask=m_entry)
+    else:
+        tl.store(p_entries + o_entry[:, None] * DIM + o_d[None, :], b_states, mask=m_tile)
+
+
 @triton.jit(do_not_specialize=["n_tokens"])
 def append_rows(
     p_new_keys: tl.tensor,
@@ -31,6 +58,7 @@ def append_rows(
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    QUANTIZED: tl.constexpr,
 ) -> None:
     i_row = tl.program_id(0).to(tl.int64)
     entry = tl.load(p_offsets + i_row)
@@ -57,13 +85,12 @@ def append_rows(
         o_token = o_token.to(tl.int64)
         # [BLOCK_T, PADDED_DIM]
         o_keys = i_row * stride_key_row + o_token * stride_key_token
-        b_keys = tl.load(p_new_keys + o_keys[:, None] + o_d[None, :], mask=m_tile)
+        b_keys = tl.load(p_new_keys + o_keys[:, None] + o_d[None, :], mask=m_tile, other=0.0)
         # [BLOCK_T, PADDED_DIM]
         o_values = i_row * stride_value_row + o_token * stride_value_token
-        b_values = tl.load(p_new_values + o_values[:, None] + o_d[None, :], mask=m_tile)
-        o_tile = (entry + o_slot)[:, None] * DIM + o_d[None, :]
-        tl.store(p_keys + o_tile, b_keys, mask=m_tile)
-        tl.store(p_values + o_tile, b_values, mask=m_tile)
+        b_values = tl.load(p_new_values + o_values[:, None] + o_d[None, :], mask=m_tile, other=0.0)
+        store_entries(p_keys, entry + o_slot, o_d, b_keys, m_tile, m_token, DIM, QUANTIZED)
+        store_entries(p_values, entry + o_slot, o_d, b_values, m_tile, m_token, DIM, QUANTIZED)
     tl.store(p_lengths + i_row, length + count)
 
 
@@ -86,7 +113,7 @@ def append(
 
     Args:
         new_keys, new_values: [R, Q, D], any strides.
-        arena_keys, arena_values: [S, D] contiguous, a layer's storage, written.
+        arena_keys, arena_values: [S, D] contiguous, a layer's storage, written; int8: as small entries.
         offsets: [R] int64, a row's first arena entry.
         lengths: [R] int32, tokens ever written to a row, raised; with a ring this may pass the row's entries.
         counts: [R] int32, how many of the Q tokens are real, the last ones (left padding); None: all.
@@ -114,6 +141,7 @@ def append(
         DIM=dim,
         PADDED_DIM=triton.next_power_of_2(dim),
         BLOCK_T=block,
+        QUANTIZED=arena_keys.dtype == torch.int8,
         num_warps=warps(block),
         num_stages=1,
     )
@@ -125,27 +153,28 @@ def warps(block: int) -> int:
 
 
 def variants() -> list[Variant]:
-    """One token and a chunk; plain rows, and left-padded rows with rings."""
+    """One token and a chunk; plain rows, left-padded rows with rings, and small entries."""
     return [
-        append_variant(dtype, dim, block, ring=ring)
+        append_variant(dtype, dim, block, ring=ring, quantized=quantized)
         for dtype, dim in (("fp16", 64), ("fp16", 80), ("bf16", 128), ("fp32", 128), ("fp16", 256))
         for block in (1, BLOCK_TOKENS)
-        for ring in (False, True)
+        for ring, quantized in ((False, False), (True, False), (False, True))
     ]
 
 
-def append_variant(dtype: str, dim: int, block: int, *, ring: bool) -> Variant:
+def append_variant(dtype: str, dim: int, block: int, *, ring: bool, quantized: bool) -> Variant:
     """One form of ``append_rows``; ``ring``: with rings and counts of real tokens."""
-    shape = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK_T": block}
+    shape = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK_T": block, "QUANTIZED": quantized}
     optional = ("p_counts", "p_ring_first", "p_ring_size")
     absent = {} if ring else dict.fromkeys(optional)
-    pointers = dict.fromkeys(("p_new_keys", "p_new_values", "p_keys", "p_values"), f"*{dtype}")
+    pointers = dict.fromkeys(("p_new_keys", "p_new_values"), f"*{dtype}")
+    pointers |= dict.fromkeys(("p_keys", "p_values"), "*i8" if quantized else f"*{dtype}")
     pointers |= {"p_offsets": "*i64", "p_lengths": "*i32"} | dict.fromkeys(optional, "*i32")
     strides = dict.fromkeys(("stride_key_row", "stride_key_token", "stride_value_row", "stride_value_token"), "i32")
     constexprs = absent | shape
     return Variant(
         operation="append",
-        name=f"append {dtype} D{dim} T{block}{' ring' * ring}",
+        name=f"append {dtype} D{dim} T{block}{' ring' * ring}{' int8' * quantized}",
         kernel=append_rows,
         signature=pointers | strides | {"n_tokens": "i32"} | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,

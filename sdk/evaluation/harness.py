@@ -15,6 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from thinkkv import sdk
+from thinkkv.sdk.policies import CacheDtype
 
 
 @register_model("thinkkv")
@@ -23,7 +24,7 @@ class PatchedModel(HFLM):
 
     Args:
         pretrained: what ``sdk.load`` takes: alias, hub id, folder or GGUF file.
-        policy, ratio, profile: as in ``sdk.apply``.
+        policy, ratio, profile, cache_dtype: as in ``sdk.apply``.
         dtype: as in ``sdk.load``.
         options: the harness's own, ``batch_size`` and ``device`` among them.
 
@@ -37,12 +38,13 @@ class PatchedModel(HFLM):
         policy: str = "task-kv",
         ratio: float | None = None,
         profile: str | None = None,
+        cache_dtype: CacheDtype | None = None,
         dtype: str | None = None,
         **options: Any,
     ) -> None:
         model, tokenizer = sdk.load(pretrained, dtype=dtype)
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)
-        self.handle = sdk.apply(self.model, policy=policy, ratio=ratio, profile=profile)
+        self.handle = sdk.apply(self.model, policy=policy, ratio=ratio, profile=profile, cache_dtype=cache_dtype)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.accuracy import DEVICE
 from thinkkv.kernels.append import reference
+from thinkkv.kernels.entries import quantize
 
 CAPACITY = 90
 """Entries of every row."""
@@ -38,12 +39,21 @@ class Case:
     dtype: torch.dtype = torch.float32
     counts: tuple[int, ...] | None = None
     rings: tuple[tuple[int, int], ...] | None = None
+    quantized: bool = False
 
     def __str__(self) -> str:
         rows = "+".join(map(str, self.lengths))
         counts = "" if self.counts is None else f"-counts{'+'.join(map(str, self.counts))}"
         rings = "" if self.rings is None else "-rings" + "+".join(f"{first}.{size}" for first, size in self.rings)
-        return f"N{rows}-Q{self.new}-D{self.dim}{counts}{rings}-{str(self.dtype).removeprefix('torch.')}"
+        dtype = str(self.dtype).removeprefix("torch.") + "-int8" * self.quantized
+        return f"N{rows}-Q{self.new}-D{self.dim}{counts}{rings}-{dtype}"
+
+    @property
+    def nothing(self) -> torch.Tensor:
+        """An entry that was never written."""
+        if self.quantized:
+            return torch.full((self.dim + 4,), 85, dtype=torch.int8, device=DEVICE)
+        return torch.full((self.dim,), float("nan"), dtype=self.dtype, device=DEVICE)
 
     def new_tokens(self) -> torch.Tensor:
         """[2, R, Q, D] K and V, tokens before rows in memory."""
@@ -53,7 +63,7 @@ class Case:
 
     def check(self, append: Callable[..., None]) -> None:
         rows, new = len(self.lengths), self.new_tokens()
-        arenas = torch.full((2, rows * CAPACITY, self.dim), float("nan"), dtype=self.dtype, device=DEVICE)
+        arenas = self.nothing.repeat(2, rows * CAPACITY, 1)
         # Rows lie in the arena in another order than their numbers.
         offsets = torch.arange(rows, device=DEVICE).flip(0) * CAPACITY
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=DEVICE)
@@ -68,7 +78,8 @@ class Case:
 
     def expected(self, new: torch.Tensor) -> torch.Tensor:
         """[2, R, CAPACITY, D]: each slot holds the newest of the tokens that may live there, if it is a new one."""
-        held = torch.full((2, len(self.lengths), CAPACITY, self.dim), float("nan"), dtype=self.dtype, device=DEVICE)
+        held = self.nothing.repeat(2, len(self.lengths), CAPACITY, 1)
+        new = quantize(new) if self.quantized else new
         for row, old in enumerate(self.lengths):
             count = self.new if self.counts is None else self.counts[row]
             first, size = (CAPACITY, 0) if self.rings is None else self.rings[row]
@@ -96,7 +107,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *(replace(case, quantized=True) for case in CASES)], ids=str)
 def test_rows_grow_by_the_real_tokens(append: Callable[..., None], case: Case) -> None:
     case.check(append)
 
@@ -131,8 +142,8 @@ def test_a_full_ring_by_hand(append: Callable[..., None]) -> None:
 
 def test_rows_beyond_two_to_the_31_elements(append: Callable[..., None]) -> None:
     # 4.3 GB of addresses, of which one entry in each half is ever touched.
-    arenas = torch.empty(2, 2**31 // 64 + 100, 64, dtype=torch.int8, device=DEVICE)
-    new = torch.arange(128, dtype=torch.int8, device=DEVICE).view(2, 1, 1, 64)
+    arenas = torch.empty(2, 2**31 // 64 + 100, 64, dtype=torch.uint8, device=DEVICE)
+    new = torch.arange(128, dtype=torch.uint8, device=DEVICE).view(2, 1, 1, 64)
     entry = arenas.shape[1] - 10
     offsets, lengths = torch.tensor([entry], device=DEVICE), torch.tensor([4], dtype=torch.int32, device=DEVICE)
     append(*new, *arenas, offsets, lengths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from triton.runtime.interpreter import GridExecutor
 from tests.tiny_models import new_model, prompts
 from thinkkv import sdk
 from thinkkv.sdk.layer import HeterogeneousLayer
+from thinkkv.sdk.policies import CacheDtype
 
 ALLOCATIONS = {"aten::empty", "aten::new_empty", "aten::empty_like"}
 
@@ -55,14 +56,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
+@pytest.mark.parametrize("cache_dtype", get_args(CacheDtype))
 @pytest.mark.parametrize("policy", ["full", "adakv"])
-def test_a_decoded_token_launches_three_kernels_a_layer(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoded_token_launches_three_kernels_a_layer(
+    policy: str, cache_dtype: CacheDtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("THINKKV_KERNELS", "triton")
     model = new_model("llama", 2)
     ids = prompts([300]).ids  # long enough for several splits and their merge
     with (
         torch.inference_mode(),
-        sdk.apply(model, policy=policy, **({} if policy == "full" else {"ratio": 1.0})) as handle,
+        sdk.apply(
+            model, policy=policy, cache_dtype=cache_dtype, **({} if policy == "full" else {"ratio": 1.0})
+        ) as handle,
     ):
         cache = handle.new_cache()
         model(ids, past_key_values=cache)

@@ -11,6 +11,7 @@ from tests.kernels.accuracy import RMS
 from thinkkv.kernels import grouped
 from thinkkv.kernels.arena import Arena
 from thinkkv.kernels.dispatch import RowOperations, row_operations
+from thinkkv.kernels.entries import SCALE_BYTES, states_of
 
 BACKENDS = ["torch", "native", "reference", "triton"]
 
@@ -47,15 +48,15 @@ def arena_of(lengths: tuple[int, ...], dim: int, dtype: torch.dtype, spare: int 
     alike = {length: [i for i, other in enumerate(lengths) if other == length] for length in sorted(set(lengths))}
     blocks = [(alike[length], length) for length in sorted(alike, reverse=True)]
     arena = Arena(blocks, spare=spare, like=torch.empty(0, dim, dtype=dtype))
-    arena.keys.fill_(float("nan"))
-    arena.values.fill_(float("nan"))
+    for entries in (arena.keys, arena.values):
+        entries.fill_(127 if dtype == torch.int8 else float("nan"))
     return arena
 
 
 def stored(arena: Arena) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values in use, by row index."""
     found = {
-        index: (block.keys[place, : block.length], block.values[place, : block.length])
+        index: tuple(states_of(entries[place, : block.length], torch.float32) for entries in (block.keys, block.values))
         for block in arena.blocks
         for place, index in enumerate(block.index)
     }
@@ -122,6 +123,47 @@ def test_rows_are_filled_extended_and_attended(
     error = (found.double() - expected)[sees].norm() / expected[sees].norm().clamp(min=1e-30)
     assert error < RMS[dtype]
     assert not found[~sees].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_small_entries_are_filled_extended_and_attended(
+    shape: Shape, dtype: torch.dtype, operations: RowOperations
+) -> None:
+    generator = torch.Generator().manual_seed(sum(shape.lengths))
+    rows, prompt = len(shape.lengths), max(shape.lengths)
+    states = torch.randn(2, rows, prompt, shape.dim, generator=generator).to(dtype)
+    new = torch.randn(2, shape.new, rows, shape.dim, generator=generator).to(dtype).transpose(1, 2)
+    held = tuple(max(0, length - shape.new) for length in shape.lengths)
+    kept = [torch.randperm(prompt, generator=generator)[:count].sort().values for count in held]
+    arena = arena_of(held, shape.dim + SCALE_BYTES, torch.int8)
+    operations.compact(arena, *states, kept)
+    operations.append(arena, *new)
+    arena.lengthen(shape.new, counted=operations.counting)
+    for row, found in enumerate(stored(arena)):
+        for kind in range(2):
+            exact = torch.cat([states[kind, row, kept[row]], new[kind, row]]).float()
+            half_a_step = exact.abs().amax(dim=-1, keepdim=True) / 254
+            assert ((found[kind] - exact).abs() <= half_a_step * 1.001).all()
+    query = torch.randn(rows, shape.group, shape.new, shape.dim, generator=generator).to(dtype)
+    expected, sees = attended(arena, query, 0.3, None)
+    found = operations.ragged_decode(arena, query, scale=0.3)
+    error = (found.double() - expected)[sees].norm() / expected[sees].norm().clamp(min=1e-30)
+    assert error < 2 * RMS[dtype]  # what an entry stands for is rounded to the dtype once more
+    assert not found[~sees].any()
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_hidden_in_a_small_entry(odd: float, operations: RowOperations) -> None:
+    arena = arena_of((2, 2), 64 + SCALE_BYTES, torch.int8)
+    operations.compact(arena, *torch.ones(2, 2, 2, 64), [torch.arange(2)] * 2)
+    new = torch.ones(2, 2, 1, 64)
+    new[:, 1, 0, 7] = odd
+    operations.append(arena, *new)
+    arena.lengthen(1, counted=operations.counting)
+    (_, sound), (_, unsound) = stored(arena)
+    assert sound.isfinite().all()
+    assert not unsound[2].isfinite().all()
 
 
 def test_rows_of_length_zero_give_zeros(operations: RowOperations) -> None:
