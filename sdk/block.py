@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from thinkkv.patches.errors import BundleError
+from thinkkv.sdk.bundle_json import read_bundle_json
 
 BLOCK_FILE = "thinkkv.json"
 SCHEMA = 1
@@ -78,17 +77,10 @@ class Block:
         Raises:
             BundleError: there is none, or it is damaged or of a newer schema.
         """
-        path = folder / BLOCK_FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if int(content["schema"]) > SCHEMA:
-                raise BundleError(
-                    f"{path} has schema {content['schema']}, this thinkkv reads up to {SCHEMA} - upgrade thinkkv"
-                )
-            known = {field.name: content[field.name] for field in fields(cls)}
-            layers = tuple(LayerClasses(**{**layer, "order": tuple(layer["order"])}) for layer in content["layers"])
-        except FileNotFoundError:
-            raise BundleError(f"no {BLOCK_FILE} in {folder} - name a folder that `thinkkv export` wrote") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"{path} is damaged ({error}) - export again") from error
+        return read_bundle_json(folder / BLOCK_FILE, SCHEMA, cls._of_json)
+
+    @classmethod
+    def _of_json(cls, content: Any) -> Block:
+        known = {field.name: content[field.name] for field in fields(cls)}
+        layers = tuple(LayerClasses(**{**layer, "order": tuple(layer["order"])}) for layer in content["layers"])
         return cls(**{**known, "layers": layers})

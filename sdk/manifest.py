@@ -9,8 +9,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from thinkkv.patches.errors import BundleError
+from thinkkv.sdk.bundle_json import read_bundle_json
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA = 1
@@ -46,21 +48,14 @@ def read_manifest(folder: Path) -> list[BundleFile]:
     Raises:
         BundleError: there is no manifest, or it is damaged, newer, or points out of the folder.
     """
-    path = folder / MANIFEST_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if int(content["schema"]) > SCHEMA:
-            raise BundleError(
-                f"{path} has schema {content['schema']}, this thinkkv reads up to {SCHEMA} - upgrade thinkkv"
-            )
-        files = [BundleFile(str(f["path"]), int(f["bytes"]), str(f["sha256"])) for f in content["files"]]
-    except FileNotFoundError:
-        raise BundleError(f"no {MANIFEST_FILE} in {folder} - name a folder that `thinkkv export` wrote") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path} is damaged ({error}) - export again") from error
+    files = read_bundle_json(folder / MANIFEST_FILE, SCHEMA, _listed)
     for file in files:
         _refuse_outside(folder, file.path)
     return files
+
+
+def _listed(content: Any) -> list[BundleFile]:
+    return [BundleFile(str(file["path"]), int(file["bytes"]), str(file["sha256"])) for file in content["files"]]
 
 
 def verify(folder: Path) -> list[BundleFile]:

@@ -102,8 +102,12 @@ def bench(
     ratios = numbers(ratio, "--ratio", float)
     rows = _onnx_rows if runtime == "onnx" else _torch_rows
     folder = chosen.folder("bench", out)
+    from thinkkv.sdk.machine import described
+
+    begun = described("thinkkv")  # a checkout may move on while a run lasts
     found = list(rows(chosen, ratios, options, folder))
-    _finish(chosen.model, found, folder, start, as_json)
+    seconds = round(time.monotonic() - start, 1)
+    _finish({"model": chosen.model, "rows": found, **begun, "seconds": seconds}, folder, as_json)
 
 
 def _torch_rows(chosen: Compared, ratios: Sequence[float], options: Options, folder: Path) -> Iterator[dict[str, Any]]:
@@ -221,23 +225,16 @@ def _check(network: Any, options: Options) -> None:
     check_context(limit, max(options.contexts), options.new_tokens)
 
 
-def _finish(model: str, rows: Sequence[dict[str, Any]], folder: Path, start: float, as_json: bool) -> None:
+def _finish(result: dict[str, Any], folder: Path, as_json: bool) -> None:
     from thinkkv.sdk.files import write_whole
-    from thinkkv.sdk.machine import described
     from thinkkv.sdk.outputs import finish
     from thinkkv.sdk.speed.picture import draw_speed
 
-    result = {
-        "model": model,
-        "rows": rows,
-        **described("thinkkv"),
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    write_whole(folder / "speed.png", draw_speed(rows, model))
+    write_whole(folder / "speed.png", draw_speed(result["rows"], result["model"]))
     finish(folder, result)
     if as_json:
         print_json(result)
-    _show(rows, folder)
+    _show(result["rows"], folder)
 
 
 def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
