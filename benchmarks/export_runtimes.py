@@ -74,7 +74,8 @@ class FilledOnnx:
 
         options = onnxruntime.SessionOptions()
         config = json.loads((bundle / "genai_config.json").read_text())["model"]["decoder"]
-        options.enable_mem_pattern = config["session_options"].get("enable_mem_pattern", True)
+        for name in ("enable_mem_pattern", "enable_cpu_mem_arena"):
+            setattr(options, name, config["session_options"].get(name, True))
         options.intra_op_num_threads = threads
         self._session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), options)
         self._binding, self._seen, self._caches = self._session.io_binding(), context, []

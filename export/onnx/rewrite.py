@@ -89,9 +89,16 @@ def _full_kv_cursor() -> onnx.NodeProto:
 
 
 def _declare_one_sequence(graph: onnx.GraphProto) -> None:
-    """Fix the first dimension of all inputs: a runtime then refuses a batch by the name of the input that is one."""
-    for value in graph.input:
-        value.type.tensor_type.shape.dim[0].dim_value = 1
+    """Fix the first dimension of all inputs: a runtime then refuses a batch by the name of the input that is one.
+
+    And whatever else has that dimension: ONNX Runtime reuses a buffer only for a value whose shape it knows to be the
+    same, and one is not ``batch_size`` to it.
+    """
+    batch = {value.type.tensor_type.shape.dim[0].dim_param for value in graph.input} - {""}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in batch:
+                dimension.dim_value = 1
 
 
 def _replace_caches(

@@ -29,7 +29,7 @@ class Session:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.enable_mem_pattern = False  # as genai_config.json has it: see write.py
+        options.enable_mem_pattern = options.enable_cpu_mem_arena = False  # as genai_config.json has it: see write.py
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

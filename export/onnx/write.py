@@ -77,8 +77,11 @@ def _adapt_genai(path: Path, slots: Slots | None, bounded: list[int], slack: int
     """Tell onnxruntime-genai which caches are bounded: it sizes them at the window plus its slack."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if slots is not None:
+        session_options = config["model"]["decoder"]["session_options"]
         # Every branch of every layer would look for a pattern of its own in each step, and seldom find it.
-        config["model"]["decoder"]["session_options"]["enable_mem_pattern"] = False
+        session_options["enable_mem_pattern"] = False
+        # A step allocates some hundred small buffers, which the C library does sooner than the runtime's own arena.
+        session_options["enable_cpu_mem_arena"] = False
         config["model"]["decoder"]["sliding_window"] = {
             "window_size": slots.capacity - slack,
             "slide_key_value_cache": False,
