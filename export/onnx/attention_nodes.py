@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 from thinkkv.export.onnx import names
 from thinkkv.export.onnx.cursor import FULL_KV_OUTPUTS, TASK_KV_OUTPUTS
 from thinkkv.export.onnx.domain import HeadGroup
+from thinkkv.export.onnx.full_kv_attention import INPUTS as FULL_KV_INPUTS
 from thinkkv.export.onnx.full_kv_attention import full_kv_node
 from thinkkv.export.onnx.slots import Slots
 from thinkkv.export.onnx.task_kv_attention import task_kv_node
@@ -189,7 +190,7 @@ class AttentionWriter:
     def _full_by_products(self, stock: Stock, parts: Sequence[str], output: str) -> onnx.NodeProto:
         """FullKVAttention over the full heads."""
         past, present = self._full_cache(stock)
-        cursor = map(names.cursor, ("position_ids", *FULL_KV_OUTPUTS[:-1]))
+        cursor = map(names.cursor, FULL_KV_INPUTS[7:-2])
         inputs = [*parts, *past, *stock.lengths, *cursor, *stock.rotary]
         return full_kv_node(stock.name, inputs, [output, *present], heads=stock.group(stock.layer.full))
 

@@ -13,7 +13,7 @@ from thinkkv.export.onnx.domain import DOMAIN
 TASK_KV = "TaskKVCursor"
 TASK_KV_OUTPUTS = ("position_ids", "held", "slots_in_use", "last_slot", "appends")
 FULL_KV = "FullKVCursor"
-FULL_KV_OUTPUTS = ("write_slot", "mask", "by_products", "stock")
+FULL_KV_OUTPUTS = ("write_slot", "mask", "blocks", "by_products", "stock", "appends_by_products")
 LONG = 1024
 """Tokens from which on full heads may be attended to by matrix products; with fewer these cost more than they save."""
 
@@ -52,7 +52,8 @@ TaskKVCursor <capacity, stride> (input_ids, attention_mask)
 
 _FULL_KV_TEXT = """
 <domain: "ai.thinkkv", opset_import: ["": 24]>
-FullKVCursor <long> (input_ids, attention_mask, past_key, appends) => (write_slot, mask, by_products, stock)
+FullKVCursor <long> (input_ids, attention_mask, past_key, appends)
+  => (write_slot, mask, blocks, by_products, stock, appends_by_products)
 {
   zero = Constant <value_int = 0> ()
   one = Constant <value_int = 1> ()
@@ -68,6 +69,11 @@ FullKVCursor <long> (input_ids, attention_mask, past_key, appends) => (write_slo
   nothing = Constant <value_float = 0.0> ()
   never = Constant <value_float = -3.0e38> ()
   mask = Where (seen, nothing, never)
+  counts = Constant <value_ints = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]> ()
+  remainders = Mod (length_1, counts)
+  divides = Equal (remainders, zero)
+  divisors = Where (divides, counts, one)
+  blocks = ReduceMax <keepdims = 1> (divisors)
   twice = Add (total, total)
   is_half = GreaterOrEqual (twice, length)
   threshold = Constant <value_int: int = @long> ()
@@ -77,6 +83,7 @@ FullKVCursor <long> (input_ids, attention_mask, past_key, appends) => (write_slo
   by_products = And (is_long_decode, is_half)
   by_attention = Not (by_products)
   stock = And (appends, by_attention)
+  appends_by_products = And (appends, by_products)
 }
 """
 

@@ -20,34 +20,46 @@ from thinkkv.export.onnx.domain import DOMAIN, HeadGroup
 NAME = "FullKVAttention"
 INPUTS = (
     *("query", "key", "value", "past_key", "past_value"),
-    *("seqlens_k", "total_sequence_length", "position_ids", "write_slot", "mask", "by_products"),
+    *("seqlens_k", "total_sequence_length", "position_ids", "write_slot", "mask", "blocks", "by_products"),
     *("cos_cache", "sin_cache"),
 )
 
 # Keys come first in their product: the second factor is copied before it is used, and they are most of what is read.
+# Values are the second factor of theirs. It is not copied for one row alone, but then is read once for each query head;
+# block by block all but the first find it in the processor's cache.
 _PRODUCTS = """
   p_one = Constant <value_ints = [1]> ()
   p_rest = Constant <value_ints = [-1]> ()
   p_zero = Constant <value_ints = [0]> ()
-  p_heads_0 = Constant <value_int: int = @kv_num_heads> ()
+  p_heads_0 = Constant <value_int: int = @%FULL%kv_num_heads> ()
   p_heads = Unsqueeze (p_heads_0, p_zero)
   p_half = Shape <start = 1, end = 2> (cos_cache)
   p_dim = Add (p_half, p_half)
   p_new_shape = Concat <axis = 0> (p_one, p_heads, p_one, p_dim)
   p_query_shape = Concat <axis = 0> (p_one, p_heads, p_rest, p_dim)
   p_flat_shape = Concat <axis = 0> (p_one, p_one, p_rest)
-  p_rotated_key = com.microsoft.RotaryEmbedding (key, position_ids, cos_cache, sin_cache)
-  p_rotated_query = com.microsoft.RotaryEmbedding (query, position_ids, cos_cache, sin_cache)
+  p_rotated_key = com.microsoft.RotaryEmbedding (%FULL%key, position_ids, cos_cache, sin_cache)
+  p_rotated_query = com.microsoft.RotaryEmbedding (%FULL%query, position_ids, cos_cache, sin_cache)
   p_new_key = Reshape (p_rotated_key, p_new_shape)
-  p_new_value = Reshape (value, p_new_shape)
-  p_key = TensorScatter <axis = 2> (past_key, p_new_key, write_slot)
-  p_value = TensorScatter <axis = 2> (past_value, p_new_value, write_slot)
+  p_new_value = Reshape (%FULL%value, p_new_shape)
+  p_key = TensorScatter <axis = 2> (%FULL%past_key, p_new_key, write_slot)
+  p_value = TensorScatter <axis = 2> (%FULL%past_value, p_new_value, write_slot)
   p_query = Reshape (p_rotated_query, p_query_shape)
   p_by_token = com.microsoft.FusedMatMul <transB = 1, alpha: float = @scale> (p_key, p_query)
   p_logits = Transpose <perm = [0, 1, 3, 2]> (p_by_token)
   p_masked = Add (p_logits, mask)
   p_weights = Softmax <axis = -1> (p_masked)
-  p_attended = MatMul (p_weights, p_value)
+  p_row_axis = Constant <value_ints = [3]> ()
+  p_length = Shape <start = 2, end = 3> (%FULL%past_key)
+  p_block = Div (p_length, blocks)
+  p_weights_shape = Concat <axis = 0> (p_heads, p_rest, blocks, p_block)
+  p_value_shape = Concat <axis = 0> (p_heads, blocks, p_one, p_block, p_rest)
+  p_by_query = Reshape (p_weights, p_weights_shape)
+  p_by_block = Transpose <perm = [0, 2, 1, 3]> (p_by_query)
+  p_rows = Unsqueeze (p_by_block, p_row_axis)
+  p_blocks = Reshape (p_value, p_value_shape)
+  p_parts = MatMul (p_rows, p_blocks)
+  p_attended = ReduceSum <keepdims = 0> (p_parts, p_one)
   p_output = Reshape (p_attended, p_flat_shape)
 """
 
@@ -66,10 +78,15 @@ FullKVAttention <num_heads, kv_num_heads, scale> (%INPUTS%) => (output, present_
 """
 
 
+def products(prefix: str = "") -> str:
+    """The matrix products, with ``prefix`` to the names of queries, keys, values, past and the count of heads."""
+    return _PRODUCTS.replace("%FULL%", prefix)
+
+
 @cache
 def full_kv_attention() -> onnx.FunctionProto:
     """The operator's definition."""
-    return onnx.parser.parse_function(_TEXT.replace("%INPUTS%", ", ".join(INPUTS)).replace("%PRODUCTS%", _PRODUCTS))
+    return onnx.parser.parse_function(_TEXT.replace("%INPUTS%", ", ".join(INPUTS)).replace("%PRODUCTS%", products()))
 
 
 def full_kv_node(name: str, inputs: Sequence[str], outputs: Sequence[str], *, heads: HeadGroup) -> onnx.NodeProto:

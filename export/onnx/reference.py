@@ -80,6 +80,7 @@ class FullKVAttention(OpRun):
         position_ids: Array,
         write_slot: Array,
         mask: Array,
+        blocks: Array,
         by_products: Array,
         cos_cache: Array,
         sin_cache: Array,

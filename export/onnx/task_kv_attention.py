@@ -17,6 +17,7 @@ import onnx.parser
 from thinkkv.export.onnx.cursor import FULL_KV_OUTPUTS, TASK_KV_OUTPUTS
 from thinkkv.export.onnx.domain import DOMAIN, HeadGroup
 from thinkkv.export.onnx.full_kv_attention import INPUTS as FULL_KV_INPUTS
+from thinkkv.export.onnx.full_kv_attention import products
 from thinkkv.export.onnx.slots import Slots
 
 NAME = "TaskKVAttention"
@@ -219,7 +220,8 @@ _UNPACK = """
        u_widths = Mul (u_counts, u_dim)
        query, key, value = Split <axis = -1> (packed, u_widths)"""
 
-# The layer's full heads besides: one branch for both groups where neither needs more than its stock node.
+# The layer's full heads besides: one branch for both groups while the bounded ones append, which is nearly every step
+# of decoding. The shortest steps, where neither group needs more than its stock node, are told by the first branch.
 _WITH_FULL_TEXT = """
 <domain: "ai.thinkkv", opset_import: ["": 24, "com.microsoft": 1, "ai.thinkkv": 1]>
 TaskKVAttention
@@ -236,15 +238,22 @@ TaskKVAttention
           cos_cache, sin_cache)
        %APPEND%
      },
-     else_branch = each () => (e_full_output, e_full_key, e_full_value, e_output, e_key, e_value) {
-       e_full_output, e_full_key, e_full_value = ai.thinkkv.FullKVAttention
-         <num_heads: int = @full_num_heads, kv_num_heads: int = @full_kv_num_heads, scale: float = @scale>
-         (full_query, full_key, full_value, full_past_key, full_past_value, %FULL_CURSOR%)
-       e_output, e_key, e_value = ai.thinkkv.TaskKVAttention
-         <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale, sinks: int = @sinks,
-          middle: int = @middle, stride: int = @stride, observation_window: int = @observation_window,
-          pooling: ints = @pooling>
-         (%BOUNDED%)
+     else_branch = others () => (o_full_output, o_full_key, o_full_value, o_output, o_key, o_value) {
+       o_full_output, o_full_key, o_full_value, o_output, o_key, o_value = If (appends_by_products)
+         <then_branch = long () => (p_output, p_key, p_value, a_output, a_key, a_value) {
+            %PRODUCTS%
+            %APPEND%
+          },
+          else_branch = each () => (e_full_output, e_full_key, e_full_value, e_output, e_key, e_value) {
+            e_full_output, e_full_key, e_full_value = ai.thinkkv.FullKVAttention
+              <num_heads: int = @full_num_heads, kv_num_heads: int = @full_kv_num_heads, scale: float = @scale>
+              (full_query, full_key, full_value, full_past_key, full_past_value, %FULL_CURSOR%)
+            e_output, e_key, e_value = ai.thinkkv.TaskKVAttention
+              <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale,
+               sinks: int = @sinks, middle: int = @middle, stride: int = @stride,
+               observation_window: int = @observation_window, pooling: ints = @pooling>
+              (%BOUNDED%)
+          }>
      }>
   output = Concat <axis = -1> (full_output, bounded_output)
 }
@@ -261,6 +270,7 @@ def task_kv_attention(overload: Overload = "") -> onnx.FunctionProto:
         "APPEND": _APPEND,
         "SHIFT": _SHIFT,
         "COMPACT": _COMPACT,
+        "PRODUCTS": products("full_"),
         "QKV": "packed, , " if packed else "query, key, value",
         "UNPACK": _UNPACK if packed else "",
         "BOUNDED": ", ".join(INPUTS[""]),

@@ -18,7 +18,9 @@ from thinkkv.export.onnx.full_kv_attention import INPUTS, full_kv_node
 OUTPUTS = ("output", "present_key", "present_value")
 
 
-def feeds_of(heads: HeadGroup, past: int, new: int, length: int, *, by_products: bool, seed: int) -> dict[str, Any]:
+def feeds_of(
+    heads: HeadGroup, past: int, new: int, length: int, *, by_products: bool, seed: int, blocks: int = 1
+) -> dict[str, Any]:
     draw, total = np.random.default_rng(seed), past + new
 
     def states(count: int) -> Any:
@@ -38,6 +40,7 @@ def feeds_of(heads: HeadGroup, past: int, new: int, length: int, *, by_products:
         "position_ids": np.arange(past, total)[None],
         "write_slot": np.array([total - 1]),
         "mask": np.where(np.arange(length) < total, 0, -3e38).astype(np.float32),
+        "blocks": np.array([blocks]),
         "by_products": np.array(by_products),
     }
     return feeds | rotary(length)
@@ -55,11 +58,13 @@ def compare(heads: HeadGroup, feeds: dict[str, Any]) -> None:
     group=st.integers(1, 5),
     past=st.integers(0, 70),
     spare=st.integers(0, 40),
+    blocks=st.integers(1, 7),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_products_equal_the_reference(kv_heads: int, group: int, past: int, spare: int, seed: int) -> None:
+def test_products_equal_the_reference(kv_heads: int, group: int, past: int, spare: int, blocks: int, seed: int) -> None:
     heads = HeadGroup(kv_heads * group, kv_heads, DIM, 0.3)
-    compare(heads, feeds_of(heads, past, 1, past + 1 + spare, by_products=True, seed=seed))
+    length = -(-(past + 1 + spare) // blocks) * blocks
+    compare(heads, feeds_of(heads, past, 1, length, by_products=True, seed=seed, blocks=blocks))
 
 
 @pytest.mark.parametrize(("past", "new"), [(0, 1), (0, 9), (20, 1), (20, 7)])
@@ -86,11 +91,31 @@ def test_when_the_products_serve(past: int, new: int, length: int, expected: boo
         "past_key": np.zeros((1, 1, length, 2), np.float32),
         "appends": np.array([appends]),
     }
-    kinds = (TensorProto.INT64, TensorProto.FLOAT, TensorProto.BOOL, TensorProto.BOOL)
-    node = full_kv_cursor_node("past_key", "appends", FULL_KV_OUTPUTS)
-    session = runtime_of(one_node(node, feeds, dict(zip(FULL_KV_OUTPUTS, kinds, strict=True))))
-    write_slot, mask, by_products, stock = session.run(None, feeds)
+    write_slot, mask, blocks, by_products, stock, appends_by_products = run_cursor(feeds)
     assert write_slot.tolist() == [past + new - 1]
     assert (mask == 0).tolist() == [slot < past + new for slot in range(length)]
     assert bool(by_products) is expected
     assert stock.tolist() == [appends and not expected]
+    assert appends_by_products.tolist() == [appends and expected]
+    assert length % int(blocks[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 1), (13, 13), (17, 1), (32, 16), (34, 2), (4096, 16), (7966, 14), (9001, 1)]
+)
+def test_a_buffer_is_cut_into_as_many_equal_blocks_as_it_has_of_at_most_16(length: int, expected: int) -> None:
+    feeds = {
+        "input_ids": np.ones((1, 1), np.int64),
+        "attention_mask": np.ones((1, 1), np.int64),
+        "past_key": np.zeros((1, 1, length, 2), np.float32),
+        "appends": np.array([True]),
+    }
+    assert run_cursor(feeds)[2].tolist() == [expected]
+
+
+def run_cursor(feeds: dict[str, Any]) -> list[Any]:
+    kinds = (TensorProto.INT64, TensorProto.FLOAT, TensorProto.INT64, *(TensorProto.BOOL,) * 3)
+    node = full_kv_cursor_node("past_key", "appends", FULL_KV_OUTPUTS)
+    session = runtime_of(one_node(node, feeds, dict(zip(FULL_KV_OUTPUTS, kinds, strict=True))))
+    outputs: list[Any] = session.run(None, feeds)
+    return outputs

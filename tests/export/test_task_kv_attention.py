@@ -119,10 +119,11 @@ def test_with_full_heads_it_is_both_operators(past: int, new: int, by_products: 
     draw = np.random.default_rng(3)
     cache = draw.standard_normal((2, 1, heads.kv_heads, SLOTS.capacity, DIM), dtype=np.float32)
     bounded = step(draw, heads, SLOTS, past, new) | {"past_key": cache[0], "past_value": cache[1]} | rotary(90)
-    whole = full_feeds_of(full, past, new, 90, by_products=by_products, seed=5)
+    whole = full_feeds_of(full, past, new, 90, by_products=by_products, seed=5, blocks=6)
     own = {f"full_{name}": whole[name] for name in FULL_KV_INPUTS[:5]}
     feeds = bounded | whole | own | {name: bounded[name] for name in INPUTS[""]}
     feeds["stock"] = bounded["appends"] & (not by_products)
+    feeds["appends_by_products"] = bounded["appends"] & by_products
     feeds = {name: feeds[name] for name in INPUTS[WITH_FULL]}
     outputs = (*OUTPUTS, "full_present_key", "full_present_value")
     node = task_kv_node("attention", INPUTS[WITH_FULL], outputs, heads=heads, slots=SLOTS, full=full)
