@@ -9,6 +9,7 @@ import onnx
 import onnx.parser
 
 from thinkkv.export.onnx.domain import DOMAIN
+from thinkkv.export.onnx.slots import MOST_BLOCKS
 
 TASK_KV = "TaskKVCursor"
 TASK_KV_OUTPUTS = ("position_ids", "held", "slots_in_use", "last_slot", "appends")
@@ -69,7 +70,7 @@ FullKVCursor <long> (input_ids, attention_mask, past_key, appends)
   nothing = Constant <value_float = 0.0> ()
   never = Constant <value_float = -3.0e38> ()
   mask = Where (seen, nothing, never)
-  counts = Constant <value_ints = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]> ()
+  counts = Constant <value_ints = [%COUNTS%]> ()
   remainders = Mod (length_1, counts)
   divides = Equal (remainders, zero)
   divisors = Where (divides, counts, one)
@@ -97,7 +98,8 @@ def task_kv_cursor() -> onnx.FunctionProto:
 @cache
 def full_kv_cursor() -> onnx.FunctionProto:
     """The definition of FullKVCursor."""
-    return onnx.parser.parse_function(_FULL_KV_TEXT)
+    counts = ", ".join(map(str, range(1, MOST_BLOCKS + 1)))
+    return onnx.parser.parse_function(_FULL_KV_TEXT.replace("%COUNTS%", counts))
 
 
 def task_kv_cursor_node(outputs: Sequence[str], *, capacity: int, stride: int) -> onnx.NodeProto:

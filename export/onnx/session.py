@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from thinkkv.export.onnx.slots import Slots
+from thinkkv.export.onnx.slots import MOST_BLOCKS, Slots
 from thinkkv.patches.errors import ExportError, UnsupportedGenerationError
 from thinkkv.sdk.extras import require
 
@@ -75,8 +75,8 @@ class Conversation:
         for value in caches:
             _, heads, length, dim = value.shape
             bounded = length == "slots"
-            most = slots.capacity if bounded and slots else max_length
-            shape = (1, heads, min(most, max_length), dim)
+            whole = -(-max_length // MOST_BLOCKS) * MOST_BLOCKS  # so that it is read in as many blocks as can be
+            shape = (1, heads, min(slots.capacity, max_length) if bounded and slots else whole, dim)
             dtype = np.float16 if value.type == "tensor(float16)" else np.float32
             # Zeros: a full cache is read beyond the tokens that it holds, with a weight of nothing.
             buffer = runtime.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))

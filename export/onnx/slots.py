@@ -19,6 +19,9 @@ from thinkkv.sdk.block import Block
 GENAI_SLACK = 16
 """Slots that onnxruntime-genai adds on a CPU to the window that its config names; the fewest a bundle can have."""
 
+MOST_BLOCKS = 16
+"""Equal parts in which the values of a long full cache are read, if they divide its length."""
+
 LONGEST_STRIDE = 16
 """Moving recent tokens up takes the time of a few steps; once in so many it is not felt."""
 
