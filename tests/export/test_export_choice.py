@@ -107,7 +107,9 @@ def hidden(folder: Path) -> Iterator[Path]:
 def test_a_terminated_export_leaves_nothing(checkpoint: Path, work: Path, number: signal.Signals) -> None:
     profile = str(checkpoint.parent / "profile")
     arguments = ["export", "--model", str(checkpoint), "--profile", profile, "--format", "onnx", "--out", "out"]
-    running = subprocess.Popen([sys.executable, "-c", f"from thinkkv.sdk.cli import main; main({arguments})"])
+    # What a shell runs in the background ignores SIGINT, and so would the export.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    running = subprocess.Popen([sys.executable, "-c", f"{heed}; from thinkkv.sdk.cli import main; main({arguments})"])
     while not any(hidden(work)):
         assert running.poll() is None
         time.sleep(0.01)
