@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from thinkkv.kernels.entries import entries_of
+
 
 class Block:
     """Rows of one length that lie side by side.
@@ -88,6 +90,15 @@ class Arena:
             with torch.inference_mode(False):  # so that it can be written in any mode
                 self._lengths = torch.tensor(by_place, dtype=torch.int32, device=self.keys.device)[self.places]
         return self._lengths
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one token's key and value in one row."""
+        return 2 * self.keys.shape[1] * self.keys.element_size()
+
+    def entries(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the storage holds of keys or values, each [..., D]."""
+        return tuple(entries_of(one, self.keys.dtype) for one in states)
 
     @property
     def longest(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from thinkkv.kernels.arena import Arena, Block
-from thinkkv.kernels.entries import entries_of, quantize, states_of
+from thinkkv.kernels.entries import quantize, states_of
 
 QUERY_BLOCK = 512
 """Queries attended at once for a chunk; bounds the mask to ``group * QUERY_BLOCK * T`` booleans."""
@@ -47,7 +47,7 @@ def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor) -> None:
     The arena's own lengths are the caller's to change.
     """
     new = keys.shape[1]
-    keys, values = (entries_of(states, arena.keys.dtype) for states in (keys, values))
+    keys, values = arena.entries(keys, values)
     for block, new_keys, new_values in zip(arena.blocks, arena.split(keys), arena.split(values), strict=True):
         block.keys.narrow(1, block.length, new).copy_(new_keys)
         block.values.narrow(1, block.length, new).copy_(new_values)

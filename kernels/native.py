@@ -11,7 +11,6 @@ import torch
 from thinkkv.kernels import grouped
 from thinkkv.kernels.append import native as quantizing
 from thinkkv.kernels.arena import Arena
-from thinkkv.kernels.entries import entries_of
 from thinkkv.kernels.ragged_decode import native as kernel
 
 
@@ -22,8 +21,9 @@ def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor) -> None:
         quantizing.append(keys[:, 0], values[:, 0], arena.keys, arena.values, arena.offsets, arena.lengths)
     elif new == 1:
         ends = arena.offsets + arena.lengths
-        for stored, states in ((arena.keys, keys), (arena.values, values)):
-            stored.index_copy_(0, ends, entries_of(states[:, 0], stored.dtype))
+        new_keys, new_values = arena.entries(keys[:, 0], values[:, 0])
+        arena.keys.index_copy_(0, ends, new_keys)
+        arena.values.index_copy_(0, ends, new_values)
     else:
         grouped.append(arena, keys, values)
     arena.lengths.add_(new)

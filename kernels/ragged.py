@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from thinkkv.kernels.arena import Arena
-from thinkkv.kernels.entries import entries_of
 
 Kernel = Callable[..., Any]
 
@@ -20,7 +19,7 @@ def compact(
     arena: Arena, keys: torch.Tensor, values: torch.Tensor, kept: Sequence[torch.Tensor], *, kernel: Kernel
 ) -> None:
     """As ``thinkkv.kernels.grouped.compact``."""
-    keys, values = (entries_of(states, arena.keys.dtype) for states in (keys, values))
+    keys, values = arena.entries(keys, values)
     counts = torch.tensor([0, *(len(entries) for entries in kept)], device=keys.device)
     longest = max(map(len, kept))
     chosen = torch.cat(list(kept))

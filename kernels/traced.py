@@ -10,12 +10,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from thinkkv.kernels.arena import Arena, Block
-from thinkkv.kernels.entries import entries_of, states_of
+from thinkkv.kernels.entries import states_of
 
 
 def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Write one new token, [R, 1, D], behind every row and count it in ``arena.lengths``."""
-    keys, values = (entries_of(states, arena.keys.dtype) for states in (keys, values))
+    keys, values = arena.entries(keys, values)
     parts = zip(arena.blocks, arena.split(keys), arena.split(values), arena.split(arena.lengths), strict=True)
     for block, new_keys, new_values, lengths in parts:
         end = lengths[:1].long()

@@ -18,7 +18,8 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-enum type { FLOAT32, BFLOAT16, FLOAT16, INT8 }; /* the last only as stored entries */
+enum type { FLOAT32, BFLOAT16, FLOAT16, INT8 };
+#define SCALE_BYTES 4 /* behind the numbers of an int8 entry, see entries.py; nothing else is int8 */
 
 /* What the left side of `products` is in: bfloat16 where the processor multiplies pairs of it and sums in float32. */
 #ifdef __AVX512BF16__

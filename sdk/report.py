@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from thinkkv.kernels.entries import entry_bytes
 from thinkkv.sdk.bounded import SEGMENT
 from thinkkv.sdk.cache import HeterogeneousCache
 from thinkkv.sdk.layer import HeterogeneousLayer, SequencePlan
@@ -95,7 +94,7 @@ def report(cache: HeterogeneousCache) -> Report:
 
 def _full(layer: HeterogeneousLayer) -> int:
     tokens = (plan.prompt_tokens + new for plan, new in zip(layer.plans, layer.appended, strict=True))
-    entry = 2 * entry_bytes(layer.shape.head_dim, layer.store.dtype, quantized=False) if layer.store else 0
+    entry = 2 * layer.shape.head_dim * layer.store.dtype.itemsize if layer.store else 0
     return entry * layer.shape.kv_heads * sum(layer.shape.visible(count) for count in tokens)
 
 
@@ -160,4 +159,4 @@ def _groups(layer: HeterogeneousLayer) -> list[RowGroup]:
 
 def _entry_bytes(layer: HeterogeneousLayer) -> int:
     """Bytes of one token's key and value in one KV head, as they are stored."""
-    return layer.store.entry_bytes if layer.store else 0
+    return layer.store.arena.entry_bytes if layer.store else 0

@@ -14,7 +14,7 @@ import torch
 
 from thinkkv.kernels.arena import Arena, Block
 from thinkkv.kernels.dispatch import row_operations
-from thinkkv.kernels.entries import entry_bytes, quantize
+from thinkkv.kernels.entries import quantize
 
 SPARE_TOKENS = 128
 SPARE_SHARE = 16
@@ -109,7 +109,6 @@ class LayerStore:
         arena: their keys and values, as entries (``kernels/entries.py``).
         groups: rows of equal length, longest first, one for each block of the arena.
         dtype: of the model.
-        quantized: whether the entries are small ones.
     """
 
     def __init__(
@@ -131,16 +130,10 @@ class LayerStore:
         """
         self.operations = row_operations(keys.device)
         self.traced = row_operations(keys.device, traced=True)
-        self.dtype, self.quantized = keys.dtype, quantized
-        self.entry_bytes = 2 * entry_bytes(keys.shape[-1], keys.dtype, quantized=quantized)
-        self._lay_out(
-            self.entries(keys[:, :0]), [row.positions for row in kept], [row.limit for row in kept], next_positions
-        )
+        self.dtype = keys.dtype
+        like = quantize(keys[:, :0]) if quantized else keys
+        self._lay_out(like, [row.positions for row in kept], [row.limit for row in kept], next_positions)
         self.operations.compact(self.arena, keys, values, [row.entries for row in kept])
-
-    def entries(self, states: torch.Tensor) -> torch.Tensor:
-        """What is stored of [..., D] keys or values."""
-        return quantize(states) if self.quantized else states
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append new tokens to every row, in place.
@@ -161,7 +154,7 @@ class LayerStore:
             keys, values: [R, Q, D] in row order.
             real: [R, Q] bool.
         """
-        following, keys, values = self.next_positions(), self.entries(keys), self.entries(values)
+        following, (keys, values) = self.next_positions(), self.arena.entries(keys, values)
         rows = [self._extended(row, keys, values, real, following) for row in self.rows()]
         self._rebuild(rows, following + real.sum(dim=1).to(torch.int32))
 

@@ -72,10 +72,10 @@ class Conversation:
         self._binding = session.io_binding()
         self._binding.bind_output("logits")
         self._buffers: list[tuple[Any, bool]] = []
+        whole = -(-max_length // MOST_BLOCKS) * MOST_BLOCKS  # so that it is read in as many blocks as can be
         for value in caches:
             _, heads, length, dim = value.shape
             bounded = length == "slots"
-            whole = -(-max_length // MOST_BLOCKS) * MOST_BLOCKS  # so that it is read in as many blocks as can be
             shape = (1, heads, min(slots.capacity, max_length) if bounded and slots else whole, dim)
             dtype = np.float16 if value.type == "tensor(float16)" else np.float32
             # Zeros: a full cache is read beyond the tokens that it holds, with a weight of nothing.

@@ -5,7 +5,6 @@
 #include "../vectors.h"
 
 #define LARGEST 127
-#define SCALE_BYTES 4
 #define MAX_DIM 256
 #define TINY 1.17549435e-38f /* so that zeros are divided by something */
 

@@ -14,7 +14,6 @@
 #define CHUNK 16 /* entries whose values are added at once; half as many where they are widened to float32 */
 #define MAX_GROUP 16
 #define MAX_DIM 256
-#define SCALE_BYTES 4 /* behind the numbers of an int8 entry, see ../entries.py */
 #define SHORTEST_PART 256 /* entries; below it, merging costs more than balance saves */
 
 struct row {

@@ -36,8 +36,8 @@ class Policy(ABC):
     @property
     def options(self) -> dict[str, Any]:
         """Its named choices; a profile's scores are not among them, nor the usual way of storing."""
-        named = {name: value for name, value in vars(self).items() if name != "head_scores"}
-        return named if self.quantized else {name: value for name, value in named.items() if name != "cache_dtype"}
+        unsaid = ("head_scores",) if self.quantized else ("head_scores", "cache_dtype")
+        return {name: value for name, value in vars(self).items() if name not in unsaid}
 
     @property
     def quantized(self) -> bool:
