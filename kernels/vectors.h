@@ -33,8 +33,12 @@ enum type { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 #define PARTS_PER_THREAD 4         /* so that a slow thread keeps none waiting */
 
 /* The function behind `#pragma omp parallel`. It is called by name so that no OpenMP library is linked, and torch's
-   serves: the threads of a second one would compete with torch's for the same cores. */
+   serves: the threads of a second one would compete with torch's for the same cores. Another runtime's threads are
+   named before this file is included. */
+#ifndef IN_PARALLEL
 extern void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+#define IN_PARALLEL(work, data, threads) GOMP_parallel(work, data, threads, 0)
+#endif
 
 /* How many of so many threads are worth waking for so many bytes. */
 INLINE int worthwhile(int threads, int64_t bytes) {
@@ -43,7 +47,7 @@ INLINE int worthwhile(int threads, int64_t bytes) {
 
 INLINE void run(void (*work)(void *), void *data, int threads) {
     if (threads == 1) work(data);
-    else GOMP_parallel(work, data, threads, 0);
+    else IN_PARALLEL(work, data, threads);
 }
 
 INLINE size_t size_of(enum type type) { return type == FLOAT32 ? 4 : 2; }
