@@ -11,11 +11,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
-
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""``enum type`` of ``vectors.h``."""
-
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
@@ -27,10 +22,22 @@ class NoKernelError(RuntimeError):
 def load(source: Path) -> ctypes.CDLL:
     """The library of one source file, compiled where that has not been done.
 
+    Raises:
+        NoKernelError: there is no compiler, or what it makes does not compile or load.
+    """
+    try:
+        return ctypes.CDLL(str(compiled(source)))  # binds every symbol at once: a missing OpenMP runtime fails here
+    except OSError as error:
+        raise NoKernelError(f"the kernel cannot be loaded: {error}") from error
+
+
+def compiled(source: Path) -> Path:
+    """The file of that library.
+
     Compiled code is kept in the user's cache folder, by source, headers in the folder above, compiler and processor.
 
     Raises:
-        NoKernelError: there is no compiler, or what it makes does not compile or load.
+        NoKernelError: there is no compiler, or it fails, or its output cannot be kept.
     """
     compiler = _compiler()
     sources = (source, *sorted(source.parents[1].glob("*.h")))
@@ -41,9 +48,9 @@ def load(source: Path) -> ctypes.CDLL:
     try:
         if not library.exists():
             _compile(compiler, source, library)
-        return ctypes.CDLL(str(library))  # binds every symbol at once: an OpenMP runtime that is not there fails here
     except OSError as error:
-        raise NoKernelError(f"the kernel cannot be kept or loaded: {error}") from error
+        raise NoKernelError(f"the kernel cannot be kept: {error}") from error
+    return library
 
 
 def _compiler() -> tuple[str, ...]:

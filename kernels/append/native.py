@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from thinkkv.kernels.c_library import TYPES, load
+from thinkkv.kernels.c_library import load
+from thinkkv.kernels.c_types import TYPES
 
 LANES, MAX_DIM = 8, 256
 

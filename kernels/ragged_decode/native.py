@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from thinkkv.kernels.c_library import TYPES, load
+from thinkkv.kernels.c_library import load
+from thinkkv.kernels.c_types import TYPES
 
 LANES, MAX_GROUP, MAX_DIM = 8, 16, 256
 STORED_TYPES = TYPES | {torch.int8: 3}
