@@ -3,7 +3,8 @@
     python benchmarks/export_equality.py --out benchmarks/results/export_equality.json
     python benchmarks/export_equality.py --quick        # a look, below 3 minutes
 
-A float32 ONNX bundle must give the greedy tokens of the PyTorch path with the same profile and keep rule. Quantized
+A float32 ONNX bundle must give the greedy tokens of the PyTorch path with the same profile and keep rule, by its own
+definitions and with operators in C (``native``). Quantized
 weights cannot: for them the rows say how often they predict the same token when fed the same text, and the perplexity.
 A float16 GGUF file in llama.cpp must give the text of the dense PyTorch model with the same rounded weights; close
 calls may fall otherwise, as other sums round.
@@ -30,6 +31,7 @@ from thinkkv.export.llama_cpp import LlamaCpp
 from thinkkv.export.onnx.session import Session
 from thinkkv.export.onnx.torch_path import greedy_tokens
 from thinkkv.export.onnx.write import slots_of, write_onnx
+from thinkkv.kernels import task_kv_step
 from thinkkv.sdk.budget import Budget
 from thinkkv.sdk.hidden_facts import builtin_prompts
 from thinkkv.sdk.policies import policy_named
@@ -61,12 +63,14 @@ def main() -> None:
     for quantize in arguments.quantize:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
             write_onnx(baked, Path(folder), quantize=quantize)
-            session = Session(Path(folder), threads=torch.get_num_threads())
-            for prompt, tokens in zip(prompts, expected, strict=True):
-                rows.append(_compare(baked, session, prompt, tokens) | {"quantize": quantize})
+            for library in (None, task_kv_step.library()):
+                session = Session(Path(folder), threads=torch.get_num_threads(), library=library)
+                setting = {"quantize": quantize, "native": library is not None}
+                for prompt, tokens in zip(prompts, expected, strict=True):
+                    rows.append(_compare(baked, session, prompt, tokens) | setting)
+                    print(rows[-1], flush=True)
+                rows.append(_perplexity(baked, session, ids, arguments.scored) | setting)
                 print(rows[-1], flush=True)
-            rows.append(_perplexity(baked, session, ids, arguments.scored) | {"quantize": quantize})
-            print(rows[-1], flush=True)
     for found in _gguf(baked, tokenizer, prompts, arguments):
         rows.append(found)
         print(rows[-1], flush=True)

@@ -17,12 +17,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from thinkkv.export.onnx.native import LIBRARY_FILE
 from thinkkv.export.onnx.slots import GENAI_SLACK
 from thinkkv.sdk.speed.peak import own_peak
 
 TEXT = Path(__file__).parent.parent / "sdk" / "prompts" / "demo.txt"
-BUNDLES = {"ours-int4": "ours", "stock-int4": "stock", "stock-int4-same-options": "stock-same-options"}
+BUNDLES = {
+    "ours-int4": "ours",
+    "ours-int4-native": "ours",
+    "stock-int4": "stock",
+    "stock-int4-same-options": "stock-same-options",
+}
 """Exported for ONNX Runtime: settings and their folders."""
+
+NATIVE = ("ours-int4-native",)
+"""Settings with operators in C, which lie in the bundle's folder."""
 
 
 class Runtime(Protocol):
@@ -41,11 +50,12 @@ class Runtime(Protocol):
 class Genai:
     """onnxruntime-genai."""
 
-    def __init__(self, bundle: Path, ids: list[int], threads: int, room: int) -> None:
+    def __init__(self, bundle: Path, ids: list[int], threads: int, room: int, native: bool) -> None:
         import onnxruntime_genai as genai  # each process loads its own runtime only
 
         config = genai.Config(str(bundle))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        options = {"intra_op_num_threads": threads} | ({"custom_ops_library": LIBRARY_FILE} if native else {})
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._genai, self._model = genai, genai.Model(config)
         self._ids, self._room = np.array(ids, dtype=np.int32), room
         decoder = json.loads((bundle / "genai_config.json").read_text())["model"]["decoder"]
@@ -69,10 +79,12 @@ class Genai:
 class FilledOnnx:
     """Plain ONNX Runtime with a cache that is said to hold ``context`` tokens; there is nothing to prefill."""
 
-    def __init__(self, bundle: Path, context: int, threads: int, room: int) -> None:
+    def __init__(self, bundle: Path, context: int, threads: int, room: int, native: bool) -> None:
         import onnxruntime  # each process loads its own runtime only
 
         options = onnxruntime.SessionOptions()
+        if native:
+            options.register_custom_ops_library(str(bundle / LIBRARY_FILE))
         config = json.loads((bundle / "genai_config.json").read_text())["model"]["decoder"]
         for name in ("enable_mem_pattern", "enable_cpu_mem_arena"):
             setattr(options, name, config["session_options"].get(name, True))
@@ -201,10 +213,10 @@ def _answer(runtime: Runtime, request: list[str]) -> Any:
 def _load(arguments: argparse.Namespace) -> Runtime:
     folder, setting, threads, room = arguments.folder, arguments.setting, arguments.threads, arguments.room
     if arguments.filled and setting in BUNDLES:
-        return FilledOnnx(folder / BUNDLES[setting], arguments.context, threads, room)
+        return FilledOnnx(folder / BUNDLES[setting], arguments.context, threads, room, setting in NATIVE)
     ids = _ids(folder, arguments.context)
     if setting in BUNDLES:
-        return Genai(folder / BUNDLES[setting], ids, threads, room)
+        return Genai(folder / BUNDLES[setting], ids, threads, room, setting in NATIVE)
     if setting == "llama.cpp-q4_0":
         return LlamaCppServer(folder / "model.gguf", ids, threads, room)
     return Torch(folder / "checkpoint", ids, threads, patched=setting == "torch-ours")

@@ -9,10 +9,11 @@ prefill in turn and then decode in turn, a few tokens at a time, so that a machi
 A process whose turn it is not is stopped: the threads of an idle runtime spin, and take half of the others' speed.
 What was measured stands in FOLDER/measured.jsonl and is not measured again: an interrupted run goes on.
 
-The ONNX bundles hold the same int4 weights: ours, the stock export as its documentation has it, and the stock export
-with the builder options that ours has. llama.cpp holds the same model at q4_0, PyTorch in float32. Contexts that the
-model does not have are measured on random weights of its shape; ONNX Runtime's cache is filled without a prompt there,
-llama.cpp and PyTorch read one, which takes a quarter of an hour at 32,000 tokens.
+The ONNX bundles hold the same int4 weights: ours, by its definitions and with operators in C, the stock export as its
+documentation has it, and the stock export with the builder options that ours has. llama.cpp holds the same model at
+q4_0, PyTorch in float32. Contexts that the model does not have are measured on random weights of its shape; ONNX
+Runtime's cache is filled without a prompt there, llama.cpp and PyTorch read one, which takes a quarter of an hour at
+32,000 tokens.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def main() -> None:
                 done += rows
                 with measured.open("a") as file:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
-    goals = [_goal(row, done) for row in done if row["setting"] == "ours-int4"]
+    goals = [_goal(row, done) for row in done if row["setting"].startswith("ours")]
     for goal in goals:
         print(json.dumps(goal))
     if arguments.out:
@@ -145,7 +146,8 @@ def _measure(arguments: argparse.Namespace, threads: int, context: int) -> list[
 
 def _goal(ours: Row, rows: list[Row]) -> Row:
     """Our speeds and memory as multiples of the others'; decode speeds are compared turn by turn."""
-    goal: Row = {"threads": ours["threads"], "context": ours["context"], "wanted": GOALS.get(ours["context"])}
+    goal: Row = {name: ours[name] for name in ("setting", "threads", "context")}
+    goal["wanted"] = GOALS.get(ours["context"])
     for other in rows:
         if other is ours or (other["threads"], other["context"]) != (ours["threads"], ours["context"]):
             continue
@@ -186,6 +188,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace, model: Any, tokenizer: Any, profile: Any, context: int | None) -> None:
     from thinkkv.export.bake import bake
     from thinkkv.export.gguf import write_gguf
+    from thinkkv.export.onnx.native import write_library
     from thinkkv.export.onnx.write import write_onnx
     from thinkkv.export.safetensors import write_checkpoint
     from thinkkv.sdk.budget import Budget
@@ -196,10 +199,11 @@ def _export(arguments: argparse.Namespace, model: Any, tokenizer: Any, profile: 
         model, tokenizer, policy=policy, budget=budget, profile=profile, context=context, label=arguments.model
     )
     folder = arguments.folder / "long" if context else arguments.folder
-    for name in ("checkpoint", *BUNDLES.values()):
+    for name in ("checkpoint", *set(BUNDLES.values())):
         (folder / name).mkdir(parents=True)
     write_checkpoint(baked, folder / "checkpoint")
     write_onnx(baked, folder / "ours", quantize="int4")
+    write_library(folder / "ours")
     write_gguf(baked, folder / "model.gguf", quantize="int4")
     build_stock(folder / "checkpoint", folder / "stock")
     build_stock(folder / "checkpoint", folder / "stock-same-options", *EXTRA_OPTIONS)

@@ -53,6 +53,7 @@ def export(
     quantize: Quantize = "none",
     provider: Provider = "cpu",
     builder_options: Sequence[str] = (),
+    native: bool = False,
     force: bool = False,
     verify: bool = True,
 ) -> Exported:
@@ -65,6 +66,7 @@ def export(
         quantize: weight-only quantization of ONNX and GGUF.
         provider: ONNX execution provider; only what is for the CPU can be verified here.
         builder_options: further ``KEY=VALUE`` options of onnxruntime-genai's model builder.
+        native: an ONNX bundle with operators in C for this processor.
         force: replace an existing folder.
         verify: compare greedy tokens with PyTorch before the folder is put in place.
 
@@ -76,8 +78,10 @@ def export(
         raise ExportError("safetensors checkpoints are not quantized - drop --quantize, or use --format onnx or gguf")
     if format != "onnx" and builder_options:
         raise ExportError("builder options belong to ONNX - drop --builder-option, or use --format onnx")
+    if native and (format, provider) != ("onnx", "cpu"):
+        raise ExportError("native operators belong to ONNX on a CPU - drop --native, or use --format onnx")
     with staged(target, needs=_needed_bytes(baked, format), force=force) as folder:
-        verified = _write(baked, folder, format, quantize, provider, builder_options, verify)
+        verified = _write(baked, folder, format, quantize, provider, builder_options, native, verify)
         if verified.greedy_tokens_equal is False and quantize == "none":
             raise ExportError(
                 f"the {format} export generates other tokens than {verified.against} - nothing was kept; please report "
@@ -93,6 +97,7 @@ def _write(
     quantize: Quantize,
     provider: Provider,
     builder_options: Sequence[str],
+    native: bool,
     verify: bool,
 ) -> Verified:
     if format == "safetensors":
@@ -108,8 +113,8 @@ def _write(
         return verify_gguf(baked, folder / GGUF_FILE) if verify else NOT_RUN
     from thinkkv.export.onnx.write import write_onnx
 
-    write_onnx(baked, folder, quantize=quantize, provider=provider, builder_options=builder_options)
-    return verify_onnx(baked, folder) if verify and provider == "cpu" else NOT_RUN
+    write_onnx(baked, folder, quantize=quantize, provider=provider, builder_options=builder_options, native=native)
+    return verify_onnx(baked, folder, native=native) if verify and provider == "cpu" else NOT_RUN
 
 
 def _needed_bytes(baked: Baked, format: Format) -> int:

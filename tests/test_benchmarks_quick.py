@@ -50,15 +50,17 @@ def test_choices_of_heads_are_compared_at_the_same_bytes(run: Run, script: str) 
 
 
 def test_a_bundle_and_a_gguf_file_say_what_pytorch_says(run: Run) -> None:
-    onnx, perplexity, gguf = run("export_equality", "rows.json")
-    assert onnx["equal_until"] == onnx["compared"] == 20
+    *bundle, gguf = run("export_equality", "rows.json")
+    assert [row["native"] for row in bundle] == [False, False, True, True]
+    for onnx, perplexity in (bundle[:2], bundle[2:]):
+        assert onnx["equal_until"] == onnx["compared"] == 20
+        assert perplexity["perplexity"] == pytest.approx(perplexity["perplexity_full_cache_float32"], rel=0.2)
     assert gguf["equal_text"]
-    assert perplexity["perplexity"] == pytest.approx(perplexity["perplexity_full_cache_float32"], rel=0.2)
 
 
 def test_all_runtimes_are_measured(run: Run, tmp_path: Path) -> None:
     rows = {row["setting"]: row for row in run("export_speed", "rows.json", "--folder", tmp_path / "speed")}
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert all(row["decode_tokens_per_second"] > 1 < row["prefill_tokens_per_second"] for row in rows.values())
     assert all(row["peak_rss_bytes"] > row["cache_bytes"] > 0 for row in rows.values())
 

@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from thinkkv.export.onnx import names
 from thinkkv.export.onnx.cursor import FULL_KV_OUTPUTS, TASK_KV_OUTPUTS
-from thinkkv.export.onnx.domain import HeadGroup
+from thinkkv.export.onnx.domain import HeadGroup, Overload
 from thinkkv.export.onnx.full_kv_attention import INPUTS as FULL_KV_INPUTS
 from thinkkv.export.onnx.full_kv_attention import full_kv_node
 from thinkkv.export.onnx.slots import Slots
@@ -122,6 +122,7 @@ class AttentionWriter:
 
     Attributes:
         inputs, outputs: by the number of a cache, its keys and values.
+        overloads: ways in which the graph uses TaskKVAttention.
     """
 
     def __init__(self, graph: onnx.GraphProto, caches: Caches, slots: Slots | None, *, by_products: bool) -> None:
@@ -130,6 +131,7 @@ class AttentionWriter:
         self._type = first.type.tensor_type.elem_type
         self.inputs: dict[int, list[onnx.ValueInfoProto]] = {}
         self.outputs: dict[int, list[onnx.ValueInfoProto]] = {}
+        self.overloads: set[Overload] = set()
 
     def replace(self, node: onnx.NodeProto, layers: Sequence[LayerClasses]) -> list[onnx.NodeProto]:
         """The nodes that take one attention node's place.
@@ -138,16 +140,14 @@ class AttentionWriter:
             ExportError: it does something that the operators do not.
         """
         stock = Stock.of(node, layers)
-        layer, output = stock.layer, node.output[0]
+        layer, states, output = stock.layer, node.input[:3], node.output[0]
         if not layer.full:
-            return [self._bounded(stock, node.input[:3], output)]
-        if layer.full == layer.kv_heads and not self._by_products:
-            return [self._full(stock, node.input[:3], output)]
-        splits, parts = self._split(stock)
+            return [self._bounded(stock, states, output)]
         if layer.full == layer.kv_heads:
-            return [*splits, self._full_by_products(stock, parts[0], output)]
+            return self._all_full(stock, output) if self._by_products else [self._full(stock, states, output)]
         if self._by_products:
-            return [*splits, self._both(stock, parts, output)]
+            return [self._both(stock, states, output)]
+        splits, parts = self._split(stock)
         outputs = [f"{stock.prefix}/full", f"{stock.prefix}/bounded"]
         return [
             *splits,
@@ -187,49 +187,51 @@ class AttentionWriter:
         _set_attributes(node, num_heads=heads.query_heads, kv_num_heads=heads.kv_heads)
         return node
 
-    def _full_by_products(self, stock: Stock, parts: Sequence[str], output: str) -> onnx.NodeProto:
-        """FullKVAttention over the full heads."""
+    def _all_full(self, stock: Stock, output: str) -> list[onnx.NodeProto]:
+        """FullKVAttention over all heads."""
+        splits, parts = self._split(stock)
         past, present = self._full_cache(stock)
-        cursor = map(names.cursor, FULL_KV_INPUTS[7:-2])
-        inputs = [*parts, *past, *stock.lengths, *cursor, *stock.rotary]
-        return full_kv_node(stock.name, inputs, [output, *present], heads=stock.group(stock.layer.full))
+        cursor = map(names.cursor, FULL_KV_INPUTS[7:-3])
+        inputs = [*parts[0], *past, *stock.lengths, *cursor, names.STEPS_ALL_FULL, *stock.rotary]
+        heads = stock.group(stock.layer.full)
+        return [*splits, full_kv_node(stock.name, inputs, [output, *present], heads=heads)]
 
-    def _bounded(self, stock: Stock, parts: Sequence[str], output: str) -> onnx.NodeProto:
-        """TaskKVAttention over the others."""
-        inputs, outputs = self._bounded_cache(stock)
-        return task_kv_node(
-            stock.name,
-            [*filter(None, parts), *inputs],
-            [output, *outputs],
-            heads=stock.group(stock.others),
-            slots=self._kept,
-            packed=not parts[1],
+    def _bounded(self, stock: Stock, states: Sequence[str], output: str) -> onnx.NodeProto:
+        """TaskKVAttention over heads of which none is full."""
+        return self._task_kv(stock, states, names.STEPS, [output])
+
+    def _both(self, stock: Stock, states: Sequence[str], output: str) -> onnx.NodeProto:
+        """TaskKVAttention over heads of which some are full."""
+        past, present = self._full_cache(stock)
+        of_full = [*past, *stock.lengths, *map(names.cursor, FULL_KV_OUTPUTS)]
+        return self._task_kv(
+            stock, states, names.STEPS_WITH_FULL, [output], of_full, present, stock.group(stock.layer.full)
         )
 
-    def _both(self, stock: Stock, parts: Sequence[Sequence[str]], output: str) -> onnx.NodeProto:
-        """TaskKVAttention over both."""
-        inputs, outputs = self._bounded_cache(stock)
-        past, present = self._full_cache(stock)
-        of_full = [*parts[0], *past, *stock.lengths, *map(names.cursor, FULL_KV_OUTPUTS)]
-        return task_kv_node(
-            stock.name,
-            [*parts[1], *inputs, *of_full],
-            [output, *outputs, *present],
-            heads=stock.group(stock.others),
-            slots=self._kept,
-            full=stock.group(stock.layer.full),
-        )
-
-    @property
-    def _kept(self) -> Slots:
-        assert self._slots is not None
-        return self._slots
-
-    def _bounded_cache(self, stock: Stock) -> tuple[list[str], list[str]]:
-        """TaskKVAttention's inputs from the cache on, and its outputs for it."""
-        number = self._caches.bounded[stock.index]
+    def _task_kv(
+        self,
+        stock: Stock,
+        states: Sequence[str],
+        steps: str,
+        outputs: Sequence[str],
+        of_full: Sequence[str] = (),
+        full_present: Sequence[str] = (),
+        full: HeadGroup | None = None,
+    ) -> onnx.NodeProto:
+        number, slots = self._caches.bounded[stock.index], self._slots
+        assert slots is not None
         past, present = self._declare(number, stock.others, stock.layer.head_dim, ("slots", "slots"), 1)
-        return [*past, *map(names.cursor, TASK_KV_OUTPUTS), *stock.rotary], present
+        overload = Overload(packed=not states[1], with_full=full is not None)
+        self.overloads.add(overload)
+        return task_kv_node(
+            stock.name,
+            [*states, *past, *map(names.cursor, TASK_KV_OUTPUTS), steps, *stock.rotary, *of_full],
+            [*outputs, *present, *full_present],
+            heads=stock.group(stock.others),
+            slots=slots,
+            full=full,
+            packed=overload.packed,
+        )
 
     def _full_cache(self, stock: Stock) -> tuple[list[str], list[str]]:
         number, lengths = self._caches.full[stock.index], ("past_sequence_length", "total_sequence_length")

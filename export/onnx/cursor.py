@@ -1,4 +1,4 @@
-"""``ai.thinkkv::TaskKVCursor`` and ``FullKVCursor``, version 1: where a call stands, computed once for all layers."""
+"""``ai.thinkkv::TaskKVCursor``, ``FullKVCursor``, ``StepCursor``, version 1: where a call stands, for all layers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ TASK_KV = "TaskKVCursor"
 TASK_KV_OUTPUTS = ("position_ids", "held", "slots_in_use", "last_slot", "appends")
 FULL_KV = "FullKVCursor"
 FULL_KV_OUTPUTS = ("write_slot", "mask", "blocks", "by_products", "stock", "appends_by_products")
+STEP = "StepCursor"
 LONG = 1024
 """Tokens from which on full heads may be attended to by matrix products; with fewer these cost more than they save."""
 
@@ -89,6 +90,19 @@ FullKVCursor <long> (input_ids, attention_mask, past_key, appends)
 """
 
 
+# In C (``thinkkv.kernels.task_kv_step``) it is one new token alone: TaskKVStep there needs no stock nodes.
+_STEP_TEXT = """
+<domain: "ai.thinkkv", opset_import: ["": 24]>
+StepCursor (input_ids, stock) => (steps)
+{
+  one = Constant <value_int = 1> ()
+  new = Size (input_ids)
+  is_decode = Equal (new, one)
+  steps = And (is_decode, stock)
+}
+"""
+
+
 @cache
 def task_kv_cursor() -> onnx.FunctionProto:
     """The definition of TaskKVCursor."""
@@ -100,6 +114,12 @@ def full_kv_cursor() -> onnx.FunctionProto:
     """The definition of FullKVCursor."""
     counts = ", ".join(map(str, range(1, MOST_BLOCKS + 1)))
     return onnx.parser.parse_function(_FULL_KV_TEXT.replace("%COUNTS%", counts))
+
+
+@cache
+def step_cursor() -> onnx.FunctionProto:
+    """The definition of StepCursor."""
+    return onnx.parser.parse_function(_STEP_TEXT)
 
 
 def task_kv_cursor_node(outputs: Sequence[str], *, capacity: int, stride: int) -> onnx.NodeProto:
@@ -131,3 +151,13 @@ def full_kv_cursor_node(past_key: str, appends: str, outputs: Sequence[str]) -> 
     """
     inputs = ("input_ids", "attention_mask", past_key, appends)
     return onnx.helper.make_node(FULL_KV, inputs, outputs, name="/thinkkv/full", domain=DOMAIN, long=LONG)
+
+
+def step_cursor_node(stock: str, output: str) -> onnx.NodeProto:
+    """A use of StepCursor.
+
+    Args:
+        stock: whether stock attention nodes serve this call.
+        output: name of what says so of TaskKVStep.
+    """
+    return onnx.helper.make_node(STEP, ("input_ids", stock), (output,), name=output, domain=DOMAIN)

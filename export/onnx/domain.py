@@ -12,6 +12,26 @@ OPSETS = {"": 24, "com.microsoft": 1}
 
 
 @dataclass(frozen=True)
+class Overload:
+    """How an operator over the heads of a layer is used.
+
+    Args:
+        packed: queries, keys and values come in one tensor, as the first of the three inputs.
+        with_full: the layer has full heads, too; they come first.
+        all_full: the layer has no others; TaskKVStep only.
+    """
+
+    packed: bool = False
+    with_full: bool = False
+    all_full: bool = False
+
+    @property
+    def name(self) -> str:
+        """As nodes and definitions have it."""
+        return "_".join(name for name, used in vars(self).items() if used)
+
+
+@dataclass(frozen=True)
 class HeadGroup:
     """Heads of one layer that are cached alike.
 

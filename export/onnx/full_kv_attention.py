@@ -64,11 +64,17 @@ _PRODUCTS = """
 """
 
 _TEXT = """
-<domain: "ai.thinkkv", opset_import: ["": 24, "com.microsoft": 1]>
+<domain: "ai.thinkkv", opset_import: ["": 24, "com.microsoft": 1, "ai.thinkkv": 1]>
 FullKVAttention <num_heads, kv_num_heads, scale> (%INPUTS%) => (output, present_key, present_value)
 {
   output, present_key, present_value = If (by_products)
-    <then_branch = products () => (p_output, p_key, p_value) {%PRODUCTS%},
+    <then_branch = step () => (p_output, p_key, p_value) {
+       p_output, p_key, p_value = ai.thinkkv.TaskKVStep:all_full
+         <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, full_num_heads = 0, full_kv_num_heads = 0,
+          scale: float = @scale, sinks = 0, middle = 0, stride = 0>
+         (query, key, value, past_key, past_value, position_ids, , , , cos_cache, sin_cache, , , , , write_slot, mask,
+          blocks)
+     },
      else_branch = stock () => (s_output, s_key, s_value) {
        s_output, s_key, s_value = com.microsoft.GroupQueryAttention
          <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale, do_rotary = 1>
@@ -78,7 +84,7 @@ FullKVAttention <num_heads, kv_num_heads, scale> (%INPUTS%) => (output, present_
 """
 
 
-def products(prefix: str = "") -> str:
+def products(prefix: str) -> str:
     """The matrix products, with ``prefix`` to the names of queries, keys, values, past and the count of heads."""
     return _PRODUCTS.replace("%FULL%", prefix)
 
@@ -86,7 +92,7 @@ def products(prefix: str = "") -> str:
 @cache
 def full_kv_attention() -> onnx.FunctionProto:
     """The operator's definition."""
-    return onnx.parser.parse_function(_TEXT.replace("%INPUTS%", ", ".join(INPUTS)).replace("%PRODUCTS%", products()))
+    return onnx.parser.parse_function(_TEXT.replace("%INPUTS%", ", ".join(INPUTS)))
 
 
 def full_kv_node(name: str, inputs: Sequence[str], outputs: Sequence[str], *, heads: HeadGroup) -> onnx.NodeProto:

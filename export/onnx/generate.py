@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thinkkv.export.onnx.native import library_of
 from thinkkv.export.onnx.session import Session, batch_refused
 from thinkkv.export.onnx.slots import Slots
 from thinkkv.export.onnx.tokenizer import BundleTokenizer
@@ -55,6 +56,7 @@ def generate_bundle(
     max_new_tokens: int = 200,
     chat: bool = True,
     threads: int | None = None,
+    native: bool = False,
     echo: Callable[[str], None] | None = None,
 ) -> BundleText:
     """Greedy text of a verified bundle.
@@ -65,11 +67,12 @@ def generate_bundle(
         max_new_tokens: at most so many.
         chat: whether to apply the chat template.
         threads: of ONNX Runtime; None leaves the choice to it.
+        native: attend by operators in C, the bundle's own or ones compiled here. They are code that runs as it is.
         echo: receives the text piece by piece.
 
     Raises:
         BundleError: the folder holds no runnable bundle.
-        ExportError: the prompt does not fit the model's context.
+        ExportError: the prompt does not fit the model's context, or there are no operators in C.
         UnsupportedGenerationError: it is a list of prompts.
     """
     if not isinstance(prompt, str):
@@ -84,7 +87,8 @@ def generate_bundle(
         )
     eos = config["eos_token_id"]
     stop = {eos} if isinstance(eos, int) else set(eos)
-    conversation = Session(folder, threads=threads).start(len(ids) + max_new_tokens, slots)
+    session = Session(folder, threads=threads, library=library_of(folder) if native else None)
+    conversation = session.start(len(ids) + max_new_tokens, slots)
     tokens: list[int] = []
     shown = ""
     start = first = time.perf_counter()

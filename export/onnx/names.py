@@ -16,3 +16,13 @@ def present(number: int, kind: str) -> str:
 def cursor(output: str) -> str:
     """An output of one of the cursors."""
     return f"/thinkkv/{output}"
+
+
+STEPS = cursor("steps")
+"""StepCursor's output for layers that have no full heads."""
+
+STEPS_WITH_FULL = cursor("steps_with_full")
+"""The same for layers that have some."""
+
+STEPS_ALL_FULL = cursor("steps_all_full")
+"""The same for layers that have no others: there it is their ``by_products``."""

@@ -20,19 +20,24 @@ from thinkkv.export.onnx.cursor import (
     TASK_KV_OUTPUTS,
     full_kv_cursor,
     full_kv_cursor_node,
+    step_cursor,
+    step_cursor_node,
     task_kv_cursor,
     task_kv_cursor_node,
 )
-from thinkkv.export.onnx.domain import DOMAIN, OPSETS, VERSION
+from thinkkv.export.onnx.domain import DOMAIN, OPSETS, VERSION, Overload
 from thinkkv.export.onnx.full_kv_attention import full_kv_attention
 from thinkkv.export.onnx.slots import Slots
-from thinkkv.export.onnx.task_kv_attention import NAME as TASK_KV_ATTENTION
 from thinkkv.export.onnx.task_kv_attention import task_kv_attention
+from thinkkv.export.onnx.task_kv_step import task_kv_step
 from thinkkv.patches.errors import ExportError
 from thinkkv.sdk.block import LayerClasses
 
 ATTENTION = "GroupQueryAttention"
 IR_VERSION = 11
+
+_STEPS = {names.STEPS: "appends", names.STEPS_WITH_FULL: "stock", names.STEPS_ALL_FULL: "by_products"}
+"""StepCursor's outputs, and the cursor that says whether the definition of TaskKVStep serves such a layer."""
 
 
 def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots | None, *, on_cpu: bool) -> Caches:
@@ -62,13 +67,10 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots
         else:
             nodes.append(node)
     if slots is not None:
-        overloads = {"", *(node.overload for node in nodes if node.op_type == TASK_KV_ATTENTION)}
-        model.functions.extend([task_kv_cursor(), *map(task_kv_attention, sorted(overloads))])
-        cursors = [_task_kv_cursor(slots)]
-        if on_cpu and any(layer.full for layer in layers):
-            model.functions.extend([full_kv_cursor(), full_kv_attention()])
-            cursors.append(_full_kv_cursor())
-        nodes = [*cursors, *nodes]
+        by_products = on_cpu and any(layer.full for layer in layers)
+        model.functions.extend(_definitions(writer.overloads, by_products))
+        read = {value for node in nodes for value in node.input}
+        nodes = [*_cursors(slots, by_products, read), *nodes]
     del graph.node[:]
     graph.node.extend(nodes)
     _replace_caches(graph, writer.inputs, writer.outputs)
@@ -78,14 +80,24 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots
     return caches
 
 
-def _task_kv_cursor(slots: Slots) -> onnx.NodeProto:
+def _definitions(overloads: Iterable[Overload], by_products: bool) -> list[onnx.FunctionProto]:
+    """The operators that a graph uses."""
+    used = sorted({Overload(), *overloads}, key=lambda overload: overload.name)
+    functions = [task_kv_cursor(), step_cursor(), *map(task_kv_attention, used), *map(task_kv_step, used)]
+    if by_products:
+        functions += [full_kv_cursor(), full_kv_attention(), task_kv_step(Overload(all_full=True))]
+    return functions
+
+
+def _cursors(slots: Slots, by_products: bool, read: set[str]) -> list[onnx.NodeProto]:
+    """The nodes that say where a call stands, to attention nodes that read these values."""
     outputs = [names.cursor(output) for output in TASK_KV_OUTPUTS]
-    return task_kv_cursor_node(outputs, capacity=slots.capacity, stride=slots.stride)
-
-
-def _full_kv_cursor() -> onnx.NodeProto:
-    outputs = [names.cursor(output) for output in FULL_KV_OUTPUTS]
-    return full_kv_cursor_node(names.past(0, "key"), names.cursor("appends"), outputs)
+    cursors = [task_kv_cursor_node(outputs, capacity=slots.capacity, stride=slots.stride)]
+    if by_products:
+        outputs = [names.cursor(output) for output in FULL_KV_OUTPUTS]
+        cursors.append(full_kv_cursor_node(names.past(0, "key"), names.cursor("appends"), outputs))
+    steps = (step_cursor_node(names.cursor(served), steps) for steps, served in _STEPS.items() if steps in read)
+    return [*cursors, *steps]
 
 
 def _declare_one_sequence(graph: onnx.GraphProto) -> None:

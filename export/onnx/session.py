@@ -21,9 +21,13 @@ class Session:
     Args:
         folder: with ``model.onnx``; verified by the caller.
         threads: of ONNX Runtime; None leaves the choice to it.
+        library: operators in C to use instead of the graph's definitions.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load the graph or the library.
     """
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, *, threads: int | None = None, library: Path | None = None) -> None:
         require(("onnxruntime",), extra="export", purpose="running a bundle")
         import onnxruntime
 
@@ -33,6 +37,8 @@ class Session:
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
+            if library is not None:
+                options.register_custom_ops_library(str(library))
             self._session = onnxruntime.InferenceSession(
                 str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"]
             )

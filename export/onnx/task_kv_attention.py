@@ -7,43 +7,24 @@ computes the same in numpy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
 
 import onnx
 import onnx.parser
 
+from thinkkv.export.onnx import task_kv_step as step
 from thinkkv.export.onnx.cursor import FULL_KV_OUTPUTS, TASK_KV_OUTPUTS
-from thinkkv.export.onnx.domain import DOMAIN, HeadGroup
+from thinkkv.export.onnx.domain import DOMAIN, HeadGroup, Overload
 from thinkkv.export.onnx.full_kv_attention import INPUTS as FULL_KV_INPUTS
 from thinkkv.export.onnx.full_kv_attention import products
+from thinkkv.export.onnx.head_groups import apart, bounded_states
 from thinkkv.export.onnx.slots import Slots
 
 NAME = "TaskKVAttention"
-Overload = Literal["", "packed", "with_full"]
-PACKED: Overload = "packed"
-"""Queries, keys and values in one tensor."""
-WITH_FULL: Overload = "with_full"
-"""The layer's full heads as well."""
-
-_CACHE_AND_CURSOR = ("past_key", "past_value", *TASK_KV_OUTPUTS, "cos_cache", "sin_cache")
-INPUTS: Mapping[Overload, tuple[str, ...]] = {
-    "": ("query", "key", "value", *_CACHE_AND_CURSOR),
-    PACKED: ("packed", *_CACHE_AND_CURSOR),
-    WITH_FULL: (
-        *("query", "key", "value", *_CACHE_AND_CURSOR),
-        *("full_query", "full_key", "full_value", "full_past_key", "full_past_value"),
-        *("seqlens_k", "total_sequence_length", *FULL_KV_OUTPUTS),
-    ),
-}
-
-# While the new tokens fit behind the old ones nothing differs from a full cache: written in place, and attended to.
-_APPEND = """
-  a_output, a_key, a_value = com.microsoft.GroupQueryAttention
-    <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale, do_rotary = 1>
-    (%QKV%, past_key, past_value, last_slot, slots_in_use, cos_cache, sin_cache, position_ids)
-"""
+INPUTS = ("query", "key", "value", "past_key", "past_value", *TASK_KV_OUTPUTS, "steps", "cos_cache", "sin_cache")
+FULL_INPUTS = ("full_past_key", "full_past_value", "seqlens_k", "total_sequence_length", *FULL_KV_OUTPUTS)
+"""Behind them where the layer has full heads."""
 
 # A new token that finds no room: the oldest recent ones go, the others move up. GroupQueryAttention without new keys
 # attends to a cache that it does not write; the empty tensor for them is made from the rotary table because that is
@@ -64,9 +45,9 @@ _SHIFT = """
   m_first = Unsqueeze (m_first_0, m_zero)
   m_capacity = Shape <start = 2, end = 3> (past_key)
   m_shape = Concat <axis = 0> (m_one, m_heads, m_one, m_rest)
-  m_rotated = com.microsoft.RotaryEmbedding (key, position_ids, cos_cache, sin_cache)
+  m_rotated = com.microsoft.RotaryEmbedding (%KEY%, position_ids, cos_cache, sin_cache)
   m_new_key = Reshape (m_rotated, m_shape)
-  m_new_value = Reshape (value, m_shape)
+  m_new_value = Reshape (%VALUE%, m_shape)
   m_old_keys = Slice (past_key, m_first, m_capacity, m_axis)
   m_old_values = Slice (past_value, m_first, m_capacity, m_axis)
   m_keys = Concat <axis = 2> (m_old_keys, m_new_key)
@@ -81,7 +62,7 @@ _SHIFT = """
   m_nothing = Reshape <allowzero = 1> (m_no_angles, m_nothing_shape)
   m_output = com.microsoft.GroupQueryAttention
     <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale, do_rotary = 1>
-    (query, m_nothing, m_nothing, m_key, m_value, last_slot, slots_in_use, cos_cache, sin_cache, position_ids)
+    (%QUERY%, m_nothing, m_nothing, m_key, m_value, last_slot, slots_in_use, cos_cache, sin_cache, position_ids)
 """
 
 # A prompt that does not fit attends to what is held and to itself; then it is compacted.
@@ -100,7 +81,7 @@ _COMPACT = """
   p_entries_32 = Cast <to = 6> (p_entries)
   p_output, p_keys, p_values = com.microsoft.GroupQueryAttention
     <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale, do_rotary = 1>
-    (query, key, value, p_old_key, p_old_value, p_last_slot, p_entries_32, cos_cache, sin_cache, position_ids)
+    (%STATES%, p_old_key, p_old_value, p_last_slot, p_entries_32, cos_cache, sin_cache, position_ids)
   s_one_1 = Constant <value_ints = [1]> ()
   s_all = Constant <value_ints = [-1]> ()
   s_heads_0 = Constant <value_int: int = @kv_num_heads> ()
@@ -113,7 +94,7 @@ _COMPACT = """
   s_start = Sub (new, s_window)
   s_start_1 = Unsqueeze (s_start, p_first)
   s_new_1 = Unsqueeze (new, p_first)
-  s_queries = Slice (query, s_start_1, s_new_1, s_one_1)
+  s_queries = Slice (%QUERY%, s_start_1, s_new_1, s_one_1)
   s_positions = Slice (position_ids, s_start_1, s_new_1, s_one_1)
   s_rotated = com.microsoft.RotaryEmbedding (s_queries, s_positions, cos_cache, sin_cache)
   s_by_head_shape = Concat <axis = 0> (s_one_1, s_window_1, s_query_heads, s_all)
@@ -189,57 +170,42 @@ _COMPACT = """
   p_value = Unsqueeze (s_kept_values, p_first)
 """
 
+# Steps come first: nothing else is worth as much.
 _TEXT = """
-<domain: "ai.thinkkv", opset_import: ["": 24, "com.microsoft": 1]>
-TaskKVAttention <num_heads, kv_num_heads, scale, sinks, middle, stride, observation_window, pooling> (%INPUTS%)
-  => (output, present_key, present_value)
+<domain: "ai.thinkkv", opset_import: ["": 24, "com.microsoft": 1, "ai.thinkkv": 1]>
+TaskKVAttention <%ATTRIBUTES%> (%INPUTS%) => (output, present_key, present_value)
 {
-  output, present_key, present_value = If (appends)
-    <then_branch = append () => (a_output, a_key, a_value) {%APPEND%},
-     else_branch = make_room () => (r_output, r_key, r_value) {%UNPACK%
-       new = Size (position_ids)
-       r_one = Constant <value_int = 1> ()
-       r_is_decode = Equal (new, r_one)
-       r_output, r_key, r_value = If (r_is_decode)
-         <then_branch = shift () => (m_output, m_key, m_value) {%SHIFT%},
-          else_branch = compact () => (p_output, p_key, p_value) {%COMPACT%}>
+  output, present_key, present_value = If (steps)
+    <then_branch = step () => (t_output, t_key, t_value) {
+       t_output, t_key, t_value = %STEP%
+     },
+     else_branch = others () => (o_output, o_key, o_value) {
+       o_output, o_key, o_value = If (appends)
+         <then_branch = append () => (a_output, a_key, a_value) {%APPEND%},
+          else_branch = make_room () => (r_output, r_key, r_value) {%APART%
+            new = Size (position_ids)
+            r_one = Constant <value_int = 1> ()
+            r_is_decode = Equal (new, r_one)
+            r_output, r_key, r_value = If (r_is_decode)
+              <then_branch = shift () => (m_output, m_key, m_value) {%SHIFT%},
+               else_branch = compact () => (p_output, p_key, p_value) {%COMPACT%}>
+          }>
      }>
 }
 """
 
-
-# GroupQueryAttention takes queries, keys and values as one projection gives them; only making room needs them apart.
-_UNPACK = """
-       u_first = Constant <value_ints = [0]> ()
-       u_query_heads_0 = Constant <value_int: int = @num_heads> ()
-       u_heads_0 = Constant <value_int: int = @kv_num_heads> ()
-       u_query_heads = Unsqueeze (u_query_heads_0, u_first)
-       u_heads = Unsqueeze (u_heads_0, u_first)
-       u_counts = Concat <axis = 0> (u_query_heads, u_heads, u_heads)
-       u_dim = Shape <start = 3, end = 4> (past_key)
-       u_widths = Mul (u_counts, u_dim)
-       query, key, value = Split <axis = -1> (packed, u_widths)"""
-
-# The layer's full heads besides: one branch for both groups while the bounded ones append, which is nearly every step
-# of decoding. The shortest steps, where neither group needs more than its stock node, are told by the first branch.
+# The layer's full heads besides: each branch costs time in every step, so both groups share those that most steps take.
 _WITH_FULL_TEXT = """
 <domain: "ai.thinkkv", opset_import: ["": 24, "com.microsoft": 1, "ai.thinkkv": 1]>
-TaskKVAttention
-  <num_heads, kv_num_heads, scale, sinks, middle, stride, observation_window, pooling,
-   full_num_heads, full_kv_num_heads>
-  (%INPUTS%) => (output, present_key, present_value, full_present_key, full_present_value)
+TaskKVAttention <%ATTRIBUTES%> (%INPUTS%)
+  => (output, present_key, present_value, full_present_key, full_present_value)
 {
-  full_output, full_present_key, full_present_value, bounded_output, present_key, present_value = If (stock)
-    <then_branch = both () => (f_output, f_key, f_value, a_output, a_key, a_value) {
-       f_output, f_key, f_value = com.microsoft.GroupQueryAttention
-         <num_heads: int = @full_num_heads, kv_num_heads: int = @full_kv_num_heads, scale: float = @scale,
-          do_rotary = 1>
-         (full_query, full_key, full_value, full_past_key, full_past_value, seqlens_k, total_sequence_length,
-          cos_cache, sin_cache)
-       %APPEND%
+  output, present_key, present_value, full_present_key, full_present_value = If (steps)
+    <then_branch = step () => (t_output, t_key, t_value, t_full_key, t_full_value) {
+       t_output, t_key, t_value, t_full_key, t_full_value = %STEP%
      },
-     else_branch = others () => (o_full_output, o_full_key, o_full_value, o_output, o_key, o_value) {
-       o_full_output, o_full_key, o_full_value, o_output, o_key, o_value = If (appends_by_products)
+     else_branch = others () => (o_output, o_key, o_value, o_full_key, o_full_value) {%APART%
+       full_output, o_full_key, o_full_value, bounded_output, o_key, o_value = If (appends_by_products)
          <then_branch = long () => (p_output, p_key, p_value, a_output, a_key, a_value) {
             %PRODUCTS%
             %APPEND%
@@ -249,37 +215,45 @@ TaskKVAttention
               <num_heads: int = @full_num_heads, kv_num_heads: int = @full_kv_num_heads, scale: float = @scale>
               (full_query, full_key, full_value, full_past_key, full_past_value, %FULL_CURSOR%)
             e_output, e_key, e_value = ai.thinkkv.TaskKVAttention
-              <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale,
-               sinks: int = @sinks, middle: int = @middle, stride: int = @stride,
-               observation_window: int = @observation_window, pooling: ints = @pooling>
-              (%BOUNDED%)
+              <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, full_num_heads = 0,
+               full_kv_num_heads = 0, scale: float = @scale, sinks: int = @sinks, middle: int = @middle,
+               stride: int = @stride, observation_window: int = @observation_window, pooling: ints = @pooling>
+              (%STATES%, %REST%)
           }>
+       o_output = Concat <axis = -1> (full_output, bounded_output)
      }>
-  output = Concat <axis = -1> (full_output, bounded_output)
 }
 """
 
 
+def inputs_of(overload: Overload) -> tuple[str, ...]:
+    """Names of the operator's inputs; ``key`` and ``value`` are left empty where the states are packed."""
+    return INPUTS + FULL_INPUTS * overload.with_full
+
+
 @cache
-def task_kv_attention(overload: Overload = "") -> onnx.FunctionProto:
+def task_kv_attention(overload: Overload) -> onnx.FunctionProto:
     """The operator's definition for one way of using it."""
-    text = _WITH_FULL_TEXT if overload == WITH_FULL else _TEXT
-    packed = overload == PACKED
+    states = bounded_states(overload)
+    as_they_come = "query, , " if overload == Overload(packed=True) else states
     parts = {
-        "INPUTS": ", ".join(INPUTS[overload]),
-        "APPEND": _APPEND,
+        "ATTRIBUTES": ", ".join((*step.ATTRIBUTES, "observation_window", "pooling")),
+        "INPUTS": ", ".join(inputs_of(overload)),
+        "STEP": step.call(overload),
+        "APPEND": step.append(as_they_come, ("a_output", "a_key", "a_value")),
+        "APART": apart(overload),
         "SHIFT": _SHIFT,
         "COMPACT": _COMPACT,
         "PRODUCTS": products("full_"),
-        "QKV": "packed, , " if packed else "query, key, value",
-        "UNPACK": _UNPACK if packed else "",
-        "BOUNDED": ", ".join(INPUTS[""]),
+        "STATES": states,
+        "REST": ", ".join(INPUTS[3:]),
         "FULL_CURSOR": ", ".join(FULL_KV_INPUTS[5:]),
-    }
+    } | dict(zip(("QUERY", "KEY", "VALUE"), states.split(", "), strict=True))
+    text = _WITH_FULL_TEXT if overload.with_full else _TEXT
     for name, part in parts.items():
         text = text.replace(f"%{name}%", part)
     function = onnx.parser.parse_function(text)
-    function.overload = overload
+    function.overload = overload.name
     return function
 
 
@@ -300,12 +274,9 @@ def task_kv_node(
         inputs, outputs: value names, in the operator's order.
         heads: the heads with a bounded cache.
         slots: what they keep.
-        full: the layer's full heads, if the node serves them, too.
-        packed: queries, keys and values come in one tensor; only without ``full``.
+        full: the layer's full heads, if it has any.
+        packed: queries, keys and values come in one tensor.
     """
-    of_full: dict[str, Any] = (
-        {} if full is None else {"full_num_heads": full.query_heads, "full_kv_num_heads": full.kv_heads}
-    )
     node = onnx.helper.make_node(
         NAME,
         inputs,
@@ -313,12 +284,13 @@ def task_kv_node(
         name=name,
         domain=DOMAIN,
         **heads.attributes,
+        full_num_heads=full.query_heads if full else 0,
+        full_kv_num_heads=full.kv_heads if full else 0,
         sinks=slots.sinks,
         middle=slots.middle,
         stride=slots.stride,
         observation_window=slots.observation_window,
         pooling=[slots.pooling],
-        **of_full,
     )
-    node.overload = WITH_FULL if full is not None else PACKED if packed else ""
+    node.overload = Overload(packed, full is not None).name
     return node

@@ -11,6 +11,7 @@ from typing import Any
 from thinkkv.export.bake import Baked
 from thinkkv.export.onnx.builder import Provider, Quantize, build_dense, check_installed
 from thinkkv.export.onnx.generate import GENAI_FILE
+from thinkkv.export.onnx.native import LIBRARY_FILE, check_native, write_library
 from thinkkv.export.onnx.session import GRAPH_FILE
 from thinkkv.export.onnx.slots import GENAI_SLACK, Slots
 from thinkkv.export.safetensors import write_checkpoint
@@ -26,6 +27,7 @@ def write_onnx(
     quantize: Quantize = "none",
     provider: Provider = "cpu",
     builder_options: Sequence[str] = (),
+    native: bool = False,
 ) -> None:
     """Graph, data file, ``genai_config.json``, tokenizer and ``thinkkv.json``.
 
@@ -35,19 +37,23 @@ def write_onnx(
         quantize: weight-only quantization by the builder.
         provider: execution provider that the graph is for; other than ``cpu`` it is built and checked, not run.
         builder_options: further options of onnxruntime-genai's builder, ``KEY=VALUE``.
+        native: with operators in C for this processor, which onnxruntime-genai then loads.
 
     Raises:
-        ExportError: the model cannot be expressed, or the builder failed.
+        ExportError: the model cannot be expressed, the builder failed, or operators in C cannot be compiled.
         MissingExtraError: the ``export`` extra is not installed.
     """
     check_installed()
     _refuse_windows(baked.block)
+    if native:
+        check_native(baked.block.layers)
+        write_library(folder)
     slots = slots_of(baked.block)
     with tempfile.TemporaryDirectory(dir=folder, prefix="checkpoint.") as checkpoint:
         write_checkpoint(baked, Path(checkpoint))
         build_dense(Path(checkpoint), folder, quantize=quantize, provider=provider, options=builder_options)
     bounded = _rewrite_graph(folder / GRAPH_FILE, baked.block, slots, on_cpu=provider == "cpu")
-    _adapt_genai(folder / GENAI_FILE, slots, bounded, GENAI_SLACK if provider == "cpu" else 0)
+    _adapt_genai(folder / GENAI_FILE, slots, bounded, GENAI_SLACK if provider == "cpu" else 0, native=native)
     runtime = {
         "quantize": quantize,
         "provider": provider,
@@ -73,11 +79,13 @@ def _rewrite_graph(path: Path, block: Block, slots: Slots | None, *, on_cpu: boo
     return caches.bounded_numbers
 
 
-def _adapt_genai(path: Path, slots: Slots | None, bounded: list[int], slack: int) -> None:
+def _adapt_genai(path: Path, slots: Slots | None, bounded: list[int], slack: int, *, native: bool) -> None:
     """Tell onnxruntime-genai which caches are bounded: it sizes them at the window plus its slack."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    session_options = config["model"]["decoder"]["session_options"]
+    if native:
+        session_options["custom_ops_library"] = LIBRARY_FILE
     if slots is not None:
-        session_options = config["model"]["decoder"]["session_options"]
         # Every branch of every layer would look for a pattern of its own in each step, and seldom find it.
         session_options["enable_mem_pattern"] = False
         # A step allocates some hundred small buffers, which the C library does sooner than the runtime's own arena.

@@ -58,6 +58,7 @@ Examples:
     show_default=True,
     help="ONNX execution provider that the graph is for.",
 )
+@click.option("--native", is_flag=True, help="Add ONNX operators in C, compiled for this processor: decodes faster.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: below thinkkv-out/]")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @click.option("--verify/--no-verify", default=True, help="Compare greedy tokens with PyTorch.  [default: verify]")
@@ -75,6 +76,7 @@ def export(
     quantize: Literal["none", "int8", "int4"],
     builder_options: tuple[str, ...],
     provider: Literal["cpu", "cuda", "webgpu"],
+    native: bool,
     out: Path | None,
     force: bool,
     verify: bool,
@@ -115,6 +117,7 @@ def export(
             quantize=quantize,
             provider=provider,
             builder_options=builder_options,
+            native=native,
             force=force,
             verify=verify,
         )

@@ -21,6 +21,7 @@ Examples:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @prompt_options
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the runtime.  [default: its own choice]")
+@click.option("--native", is_flag=True, help="Attend by operators in C: the bundle's own, or compiled here. Faster.")
 @json_option
 def run(
     bundle: Path,
@@ -29,6 +30,7 @@ def run(
     max_new_tokens: int,
     threads: int | None,
     raw: bool,
+    native: bool,
     as_json: bool,
 ) -> None:
     """Generate text from an ONNX bundle in plain ONNX Runtime.
@@ -49,7 +51,13 @@ def run(
     from thinkkv.export.onnx.generate import generate_bundle
 
     done = generate_bundle(
-        bundle, text, max_new_tokens=max_new_tokens, chat=not raw, threads=threads, echo=None if as_json else echo
+        bundle,
+        text,
+        max_new_tokens=max_new_tokens,
+        chat=not raw,
+        threads=threads,
+        native=native,
+        echo=None if as_json else echo,
     ).as_json()
     if as_json:
         print_json(done)

@@ -8,8 +8,19 @@ import pytest
 from tests.export.baking import profile_of
 from tests.sdk.conftest import char_tokenizer
 from tests.tiny_models import new_model
+from thinkkv.kernels import task_kv_step
+from thinkkv.kernels.c_library import NoKernelError
 
 __all__ = ["char_tokenizer"]
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The operators in C, for ONNX Runtime."""
+    try:
+        return task_kv_step.library()
+    except NoKernelError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,23 +12,17 @@ import onnxruntime
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from thinkkv.export.onnx.cursor import full_kv_cursor, task_kv_cursor
-from thinkkv.export.onnx.domain import DOMAIN, OPSETS, VERSION
+from thinkkv.export.onnx.cursor import full_kv_cursor, step_cursor, task_kv_cursor
+from thinkkv.export.onnx.domain import DOMAIN, OPSETS, VERSION, Overload
 from thinkkv.export.onnx.full_kv_attention import full_kv_attention
 from thinkkv.export.onnx.reference import FullKVAttention, TaskKVAttention
-from thinkkv.export.onnx.task_kv_attention import PACKED, WITH_FULL, task_kv_attention
+from thinkkv.export.onnx.task_kv_attention import task_kv_attention
+from thinkkv.export.onnx.task_kv_step import task_kv_step
 
 DIM = 16
 Feeds = Mapping[str, Any]
 
-_FUNCTIONS = (
-    task_kv_cursor,
-    full_kv_cursor,
-    full_kv_attention,
-    task_kv_attention,
-    lambda: task_kv_attention(PACKED),
-    lambda: task_kv_attention(WITH_FULL),
-)
+OVERLOADS = [Overload(packed, with_full) for packed in (False, True) for with_full in (False, True)]
 
 
 def rotary(length: int) -> dict[str, Any]:
@@ -45,7 +40,9 @@ def one_node(node: onnx.NodeProto, feeds: Feeds, outputs: Mapping[str, int]) -> 
     results = [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()]
     opsets = [helper.make_opsetid(domain, version) for domain, version in (*OPSETS.items(), (DOMAIN, VERSION))]
     graph = helper.make_graph([node], "one_node", inputs, results)
-    functions = [function() for function in _FUNCTIONS]
+    functions = [task_kv_cursor(), full_kv_cursor(), step_cursor(), full_kv_attention()]
+    functions += [define(overload) for define in (task_kv_attention, task_kv_step) for overload in OVERLOADS]
+    functions.append(task_kv_step(Overload(all_full=True)))
     return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=11)
 
 
@@ -54,9 +51,12 @@ def floats(names: Sequence[str]) -> dict[str, int]:
     return dict.fromkeys(names, TensorProto.FLOAT)
 
 
-def runtime_of(model: onnx.ModelProto) -> Any:
-    """The model in ONNX Runtime, by its definitions."""
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+def runtime_of(model: onnx.ModelProto, library: Path | None = None) -> Any:
+    """The model in ONNX Runtime, by its definitions, or with the operators of a library."""
+    options = onnxruntime.SessionOptions()
+    if library:
+        options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def oracle_of(model: onnx.ModelProto) -> ReferenceEvaluator:

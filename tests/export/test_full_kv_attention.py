@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,10 @@ def feeds_of(
     return feeds | rotary(length)
 
 
-def compare(heads: HeadGroup, feeds: dict[str, Any]) -> None:
+def compare(heads: HeadGroup, feeds: dict[str, Any], library: Path | None = None) -> None:
     model = one_node(full_kv_node("attention", INPUTS, OUTPUTS, heads=heads), feeds, floats(OUTPUTS))
     total = int(feeds["total_sequence_length"])
-    assert_equal(runtime_of(model).run(None, feeds), oracle_of(model).run(None, feeds), [total])
+    assert_equal(runtime_of(model, library).run(None, feeds), oracle_of(model).run(None, feeds), [total])
 
 
 @settings(max_examples=40, deadline=None)
@@ -61,10 +62,14 @@ def compare(heads: HeadGroup, feeds: dict[str, Any]) -> None:
     blocks=st.integers(1, 7),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_products_equal_the_reference(kv_heads: int, group: int, past: int, spare: int, blocks: int, seed: int) -> None:
+def test_single_tokens_equal_the_reference(
+    kv_heads: int, group: int, past: int, spare: int, blocks: int, seed: int, library: Path
+) -> None:
     heads = HeadGroup(kv_heads * group, kv_heads, DIM, 0.3)
     length = -(-(past + 1 + spare) // blocks) * blocks
-    compare(heads, feeds_of(heads, past, 1, length, by_products=True, seed=seed, blocks=blocks))
+    feeds = feeds_of(heads, past, 1, length, by_products=True, seed=seed, blocks=blocks)
+    compare(heads, feeds)
+    compare(heads, feeds, library)
 
 
 @pytest.mark.parametrize(("past", "new"), [(0, 1), (0, 9), (20, 1), (20, 7)])

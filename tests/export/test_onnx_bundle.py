@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,22 +83,29 @@ def _profile(model: Any, policy: Policy) -> Any:
     return profile_of(model)
 
 
-def runtime_tokens(bundle: Bundle, ids: list[int], new: int) -> list[int]:
-    conversation = Session(bundle.folder, threads=1).start(len(ids) + new, bundle.slots)
+def runtime_tokens(bundle: Bundle, ids: list[int], new: int, library: Path | None = None) -> list[int]:
+    conversation = Session(bundle.folder, threads=1, library=library).start(len(ids) + new, bundle.slots)
     return list(conversation.greedy(ids, new, set()))
 
 
-def genai_tokens(bundle: Bundle, turns: list[list[int]], new: int, max_length: int) -> list[int]:
+def genai_tokens(
+    bundle: Bundle, turns: list[list[int]], new: int, max_length: int, library: Path | None = None
+) -> list[int]:
     """What stock onnxruntime-genai generates after these turns."""
-    generator = onnxruntime_genai.Generator(*genai_model(bundle, max_length))
+    generator = onnxruntime_genai.Generator(*genai_model(bundle, max_length, library))
     for turn in turns:
         generator.append_tokens(np.array(turn, dtype=np.int32))
     return genai_continue(generator, new)
 
 
-def genai_model(bundle: Bundle, max_length: int) -> tuple[Any, Any]:
+def genai_model(bundle: Bundle, max_length: int, library: Path | None = None) -> tuple[Any, Any]:
     """A bundle, loaded, and the options of greedy search."""
-    model = onnxruntime_genai.Model(str(bundle.folder))
+    config = onnxruntime_genai.Config(str(bundle.folder))
+    if library:
+        shutil.copy(library, bundle.folder)  # the runtime wants it there
+        options = {"custom_ops_library": library.name}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    model = onnxruntime_genai.Model(config)
     parameters = onnxruntime_genai.GeneratorParams(model)
     parameters.set_search_options(max_length=max_length, do_sample=False)
     return model, parameters
@@ -132,6 +140,15 @@ def test_tokens_equal_pytorch(make: Make, case: str) -> None:
         assert runtime_tokens(bundle, prompt(tokens), 60) == expected
         assert genai_tokens(bundle, [prompt(tokens)], 60, tokens + 60) == expected
         assert genai_tokens(bundle, [prompt(tokens)], 60, 400) == expected  # room for more: other buffers
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_equal_pytorch_with_operators_in_c(make: Make, case: str, library: Path) -> None:
+    bundle = make(*CASES[case])
+    for tokens in PROMPTS:
+        expected = bundle.torch_tokens(prompt(tokens), 60)
+        assert runtime_tokens(bundle, prompt(tokens), 60, library) == expected
+        assert genai_tokens(bundle, [prompt(tokens)], 60, 400, library) == expected
 
 
 @pytest.mark.parametrize("case", [("llama3", 4, SMALL, 0.6), ("qwen3", 4, RETRIEVAL, 0.7)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,13 @@ from onnx import TensorProto
 from tests.export.operators import DIM, assert_equal, floats, one_node, oracle_of, rotary, runtime_of
 from tests.export.test_full_kv_attention import feeds_of as full_feeds_of
 from thinkkv.export.onnx.cursor import TASK_KV_OUTPUTS, task_kv_cursor_node
-from thinkkv.export.onnx.domain import HeadGroup
+from thinkkv.export.onnx.domain import HeadGroup, Overload
 from thinkkv.export.onnx.full_kv_attention import INPUTS as FULL_KV_INPUTS
 from thinkkv.export.onnx.full_kv_attention import full_kv_node
 from thinkkv.export.onnx.slots import Slots
-from thinkkv.export.onnx.task_kv_attention import INPUTS, PACKED, WITH_FULL, task_kv_node
+from thinkkv.export.onnx.task_kv_attention import INPUTS, inputs_of, task_kv_node
+from thinkkv.export.onnx.task_kv_step import FULL_OUTPUTS, OUTPUTS
 
-OUTPUTS = ("output", "present_key", "present_value")
 SLOTS = Slots(sinks=3, middle=7, recent=9, observation_window=8, pooling=5, stride=4)
 GROUPS = {"gqa": HeadGroup(6, 2, DIM, DIM**-0.5), "mha": HeadGroup(3, 3, DIM, 0.3), "one": HeadGroup(4, 1, DIM, 0.25)}
 TURNS = {
@@ -61,6 +63,7 @@ def step(draw: np.random.Generator, group: HeadGroup, slots: Slots, past: int, n
         "slots_in_use": np.array([used], np.int32),
         "last_slot": np.array([used - 1], np.int32),
         "appends": np.array([held + new == used]),
+        "steps": np.array([held + new == used and new == 1]),
     }
 
 
@@ -71,26 +74,48 @@ def poisoned(cache: Any, used: int) -> Any:
     return copy
 
 
-def compare(heads: HeadGroup, slots: Slots, turns: list[int], seed: int) -> None:
-    """Plain and packed, turn by turn, against the reference."""
+def forms_of(
+    heads: HeadGroup, slots: Slots, feeds: dict[str, Any], full: HeadGroup | None = None, library: Path | None = None
+) -> Callable[[dict[str, Any]], list[Any]]:
+    """Runs the operator plain and packed, by its definitions or by the ``library``."""
+    names, packed_names = list(feeds), ["" if name in ("key", "value") else name for name in feeds]
+    outputs = OUTPUTS + FULL_OUTPUTS * (full is not None)
+    node = task_kv_node("attention", names, outputs, heads=heads, slots=slots, full=full)
+    plain = runtime_of(one_node(node, feeds, floats(outputs)), library)
+    node = task_kv_node("attention", packed_names, outputs, heads=heads, slots=slots, full=full, packed=True)
+    packed = runtime_of(one_node(node, packed_feeds(feeds), floats(outputs)), library)
+
+    def run(feeds: dict[str, Any]) -> list[Any]:
+        if library:  # as its StepCursor has it
+            feeds = feeds | {"steps": np.array([feeds["position_ids"].size == 1])}
+        return [plain.run(None, feeds), packed.run(None, packed_feeds(feeds))]
+
+    return run
+
+
+def packed_feeds(feeds: dict[str, Any]) -> dict[str, Any]:
+    """Queries, keys and values in one tensor, as the first."""
+    states = np.concatenate([feeds[name] for name in ("query", "key", "value")], axis=-1)
+    return {name: array for name, array in feeds.items() if name not in ("key", "value")} | {"query": states}
+
+
+def compare(heads: HeadGroup, slots: Slots, turns: list[int], seed: int, library: Path | None = None) -> None:
+    """Turn by turn against the reference."""
     draw = np.random.default_rng(seed)
     past_key = past_value = poisoned(np.zeros((1, heads.kv_heads, slots.capacity, DIM), np.float32), 0)
-    past, runtimes = 0, None
+    past, oracle, forms = 0, None, None
     for new in turns:
         feeds = step(draw, heads, slots, past, new) | {"past_key": past_key, "past_value": past_value} | rotary(800)
-        packed = np.concatenate([feeds[name] for name in ("query", "key", "value")], axis=-1)
-        packed_feeds = {"packed": packed} | {name: feeds[name] for name in INPUTS[PACKED][1:]}
-        if runtimes is None:
-            node = task_kv_node("attention", INPUTS[""], OUTPUTS, heads=heads, slots=slots)
-            model = one_node(node, feeds, floats(OUTPUTS))
-            node = task_kv_node("attention", INPUTS[PACKED], OUTPUTS, heads=heads, slots=slots, packed=True)
-            packed_model = one_node(node, packed_feeds, floats(OUTPUTS))
-            runtimes = runtime_of(model), runtime_of(packed_model), oracle_of(model)
+        feeds = {name: feeds[name] for name in INPUTS}
+        if oracle is None:
+            node = task_kv_node("attention", INPUTS, OUTPUTS, heads=heads, slots=slots)
+            oracle = oracle_of(one_node(node, feeds, floats(OUTPUTS)))
+            forms = forms_of(heads, slots, feeds, library=library)
         used = int(feeds["slots_in_use"][0])
-        found, expected = runtimes[0].run(None, feeds), runtimes[2].run(None, feeds)
-        assert_equal(found, expected, [used])
-        assert_equal(runtimes[1].run(None, packed_feeds), expected, [used])
-        past_key, past_value, past = poisoned(found[1], used), poisoned(found[2], used), past + new
+        expected = oracle.run(None, feeds)
+        for found in forms(feeds):
+            assert_equal(found, expected, [used])
+        past_key, past_value, past = poisoned(expected[1], used), poisoned(expected[2], used), past + new
 
 
 @pytest.mark.parametrize("turns", TURNS)
@@ -99,14 +124,21 @@ def test_the_definition_equals_the_reference(group: str, turns: str) -> None:
     compare(GROUPS[group], SLOTS, TURNS[turns], seed=7)
 
 
+@pytest.mark.parametrize("turns", TURNS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_step_in_c_equals_the_reference(group: str, turns: str, library: Path) -> None:
+    compare(GROUPS[group], SLOTS, TURNS[turns], 7, library)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     slots=ANY_SLOTS,
     turns=st.lists(st.one_of(st.just(1), st.integers(1, 60)), min_size=1, max_size=12),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_slots_and_turns(slots: Slots, turns: list[int], seed: int) -> None:
+def test_any_slots_and_turns(slots: Slots, turns: list[int], seed: int, library: Path) -> None:
     compare(GROUPS["gqa"], slots, turns, seed)
+    compare(GROUPS["gqa"], slots, turns, seed, library)
 
 
 @pytest.mark.parametrize(
@@ -114,27 +146,31 @@ def test_any_slots_and_turns(slots: Slots, turns: list[int], seed: int) -> None:
     [(past, 1, by) for past in (9, 40, 41, 42, 43) for by in (False, True)]
     + [(0, 30, False), (40, 30, False), (0, 5, False)],
 )
-def test_with_full_heads_it_is_both_operators(past: int, new: int, by_products: bool) -> None:
+def test_with_full_heads_it_is_both_operators(past: int, new: int, by_products: bool, library: Path) -> None:
     heads, full = GROUPS["gqa"], HeadGroup(3, 1, DIM, DIM**-0.5)
     draw = np.random.default_rng(3)
     cache = draw.standard_normal((2, 1, heads.kv_heads, SLOTS.capacity, DIM), dtype=np.float32)
     bounded = step(draw, heads, SLOTS, past, new) | {"past_key": cache[0], "past_value": cache[1]} | rotary(90)
+    bounded = {name: bounded[name] for name in INPUTS}
     whole = full_feeds_of(full, past, new, 90, by_products=by_products, seed=5, blocks=6)
-    own = {f"full_{name}": whole[name] for name in FULL_KV_INPUTS[:5]}
-    feeds = bounded | whole | own | {name: bounded[name] for name in INPUTS[""]}
-    feeds["stock"] = bounded["appends"] & (not by_products)
-    feeds["appends_by_products"] = bounded["appends"] & by_products
-    feeds = {name: feeds[name] for name in INPUTS[WITH_FULL]}
-    outputs = (*OUTPUTS, "full_present_key", "full_present_value")
-    node = task_kv_node("attention", INPUTS[WITH_FULL], outputs, heads=heads, slots=SLOTS, full=full)
-    found = runtime_of(one_node(node, feeds, floats(outputs))).run(None, feeds)
+    states = {name: np.concatenate([whole[name], bounded[name]], axis=-1) for name in ("query", "key", "value")}
+    flags = {
+        "steps": bounded["steps"] & (not by_products),
+        "stock": bounded["appends"] & (not by_products),
+        "appends_by_products": bounded["appends"] & by_products,
+    }
+    caches = {f"full_{name}": whole[name] for name in ("past_key", "past_value")}
+    feeds = whole | caches | bounded | states | flags
+    feeds = {name: feeds[name] for name in inputs_of(Overload(with_full=True))}
 
-    node = task_kv_node("attention", INPUTS[""], OUTPUTS, heads=heads, slots=SLOTS)
+    node = task_kv_node("attention", INPUTS, OUTPUTS, heads=heads, slots=SLOTS)
     others = oracle_of(one_node(node, bounded, floats(OUTPUTS))).run(None, bounded)
     node = full_kv_node("attention", FULL_KV_INPUTS, OUTPUTS, heads=full)
     firsts = oracle_of(one_node(node, whole, floats(OUTPUTS))).run(None, whole)
     expected = [np.concatenate([firsts[0], others[0]], axis=-1), *others[1:], *firsts[1:]]
-    assert_equal(found, expected, [int(bounded["slots_in_use"][0]), past + new])
+    for from_c in (None, library):
+        for found in forms_of(heads, SLOTS, feeds, full, from_c)(feeds):
+            assert_equal(found, expected, [int(bounded["slots_in_use"][0]), past + new])
 
 
 @settings(max_examples=60, deadline=None)
@@ -165,7 +201,7 @@ def test_slots_in_use_follow_from_appending_and_dropping(slots: Slots) -> None:
 def test_the_definitions_are_valid() -> None:
     feeds = step(np.random.default_rng(0), GROUPS["gqa"], SLOTS, 0, 1) | rotary(9)
     feeds |= dict.fromkeys(("past_key", "past_value"), np.zeros((1, 2, SLOTS.capacity, DIM), np.float32))
-    model = one_node(task_kv_node("a", INPUTS[""], OUTPUTS, heads=GROUPS["gqa"], slots=SLOTS), feeds, floats(OUTPUTS))
+    model = one_node(task_kv_node("a", INPUTS, OUTPUTS, heads=GROUPS["gqa"], slots=SLOTS), feeds, floats(OUTPUTS))
     for output in model.graph.output:
         output.type.tensor_type.shape.SetInParent()  # the checker wants one
     onnx.checker.check_model(model)
