@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkkv.export.onnx.generate import settings_of
+from thinkkv.export.onnx.native import library_of
 from thinkkv.export.onnx.session import Conversation, Session
 from thinkkv.sdk.block import Block
 from thinkkv.sdk.manifest import verify
@@ -17,22 +18,24 @@ class OnnxContender(Contender):
     """One bundle.
 
     Args:
-        folder: what ``thinkkv export --format onnx`` wrote; held against its manifest.
+        bundle: folder that ``thinkkv export --format onnx`` wrote; held against its manifest.
         name: of the policy in the rows, with its options.
         threads: of the runtime; None for its own choice.
+        native: with operators in C.
 
     Raises:
         BundleError: the folder is no bundle that runs here.
+        ExportError: operators in C cannot be had here.
     """
 
-    runtime = "onnx"
-
-    def __init__(self, folder: Path, name: str, threads: int | None) -> None:
+    def __init__(self, bundle: str, name: str, threads: int | None, native: bool) -> None:
+        folder = Path(bundle)
         verify(folder)
+        self.runtime = "onnx-native" if native else "onnx"
         block = Block.read(folder)
         self.policy, self.ratio = name, block.ratio or 1.0
         _, self._slots = settings_of(folder)
-        self._session = Session(folder, threads=threads)
+        self._session = Session(folder, threads=threads, library=library_of(folder) if native else None)
         self._conversation: Conversation | None = None
         self._token = 0
 
@@ -58,7 +61,7 @@ def of_job(job: Mapping[str, Any]) -> tuple[OnnxContender, list[int]]:
     """Contender and a prompt of any tokens for a process of its own, without PyTorch.
 
     Args:
-        job: ``bundle, name, threads, context``.
+        job: ``bundle, name, native, threads, context``.
     """
-    contender = OnnxContender(Path(job["bundle"]), job["name"], job["threads"])
+    contender = OnnxContender(job["bundle"], job["name"], job["threads"], job["native"])
     return contender, [1 + i % 50 for i in range(job["context"])]

@@ -37,7 +37,7 @@ static void in_parallel(void (*work)(void *), void *data, int threads) {
     RELEASE_STATUS(PARALLEL_FOR(running, one_copy, threads, 0, &copies)); /* it cannot fail */
 }
 
-/* A tensor of three or four dimensions: its data, and the last three of them. */
+/* A tensor of two to four dimensions: its data, and the last three of them. */
 struct tensor {
     void *data;
     int64_t heads, length, size;
@@ -50,12 +50,13 @@ static OrtStatus *view(struct tensor *tensor, OrtValue *value) {
     OrtStatus *failed = SHAPE(value, &shape);
     if (failed) return failed;
     if (!(failed = DIMENSION_COUNT(shape, &count))) {
-        if (count == 3 || count == 4) failed = DIMENSIONS(shape, dims, count);
-        else failed = CREATE_STATUS(INVALID_ARGUMENT, "TaskKVStep takes states and caches of three or four dimensions");
+        if (count >= 2 && count <= 4) failed = DIMENSIONS(shape, dims, count);
+        else failed = CREATE_STATUS(INVALID_ARGUMENT, "TaskKVStep takes states and caches of two to four dimensions");
     }
     RELEASE_SHAPE(shape);
     if (failed) return failed;
-    *tensor = (struct tensor){.heads = dims[count - 3], .length = dims[count - 2], .size = dims[count - 1]};
+    int64_t heads = count > 2 ? dims[count - 3] : 1;
+    *tensor = (struct tensor){.heads = heads, .length = dims[count - 2], .size = dims[count - 1]};
     return DATA(value, &tensor->data);
 }
 
@@ -126,25 +127,27 @@ static OrtStatus *share(OrtKernelContext *context, int input, int output, struct
     return failed;
 }
 
-/* The data of some inputs; NULL for one that is left out. */
-static OrtStatus *data_of(const OrtKernelContext *context, const enum input *inputs, int count, void **data) {
+/* The data of inputs that are no caches; NULL for one that is left out. */
+static OrtStatus *data_of(const OrtKernelContext *context, void **data) {
+    static const enum input read[] = {QUERY, KEY, VALUE, POSITION_IDS, HELD, SLOTS_IN_USE, SIN};
     OrtStatus *failed = NULL;
-    for (int i = 0; i < count && !failed; i++) {
+    for (size_t i = 0; i < sizeof read / sizeof *read && !failed; i++) {
         OrtValue *value;
-        data[i] = NULL;
-        if (!(failed = INPUT(context, inputs[i], (const OrtValue **)&value)) && value) failed = DATA(value, data + i);
+        data[read[i]] = NULL;
+        if ((failed = INPUT(context, read[i], (const OrtValue **)&value)) || !value) continue;
+        failed = DATA(value, data + read[i]);
     }
     return failed;
 }
 
 static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
-    static const enum input read[] = {QUERY, KEY, VALUE, POSITION_IDS, HELD, SLOTS_IN_USE, COS, SIN};
     const struct step *step = kernel;
-    struct tensor bounded[2], full[2], attended;
-    void *data[sizeof read / sizeof *read];
-    OrtValue *output;
-    OrtStatus *failed = data_of(context, read, sizeof read / sizeof *read, data);
+    struct tensor bounded[2], full[2], attended, angles;
+    void *data[INPUTS];
+    OrtValue *output, *table;
+    OrtStatus *failed = data_of(context, data);
     if (failed || (failed = share(context, PAST_KEY, PRESENT_KEY, bounded))) return failed;
+    if ((failed = INPUT(context, COS, (const OrtValue **)&table)) || (failed = view(&angles, table))) return failed;
     if (step->full_kv_heads && (failed = share(context, FULL_PAST_KEY, FULL_PRESENT_KEY, full))) return failed;
     int64_t heads = step->full_heads + step->heads, first = step->full_kv_heads, kv_heads = first + step->kv_heads;
     int64_t dim = bounded->size, group = heads / kv_heads, dims[3] = {1, 1, heads * dim};
@@ -153,18 +156,19 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
                                                "to 256, and up to 16 query heads for a KV head");
     if ((failed = OUTPUT(context, ATTENDED, dims, 3, &output)) || (failed = view(&attended, output))) return failed;
 
-    const float *query = data[0], *key = data[1], *value = data[2];
+    const float *query = data[QUERY], *key = data[KEY], *value = data[VALUE];
     if (!key) key = query + heads * dim, value = key + kv_heads * dim; /* packed */
-    int64_t position = *(int64_t *)data[3], in_use = position + 1; /* where nothing is dropped */
-    const float *cosines = (float *)data[6] + position * dim / 2, *sines = (float *)data[7] + position * dim / 2;
+    int64_t position = *(int64_t *)data[POSITION_IDS], held = data[HELD] ? *(int64_t *)data[HELD] : position;
+    int64_t in_use = data[HELD] ? *(int32_t *)data[SLOTS_IN_USE] : position + 1; /* all, where nothing is dropped */
+    if (in_use > bounded->length || (first && position >= full->length) || position >= angles.length)
+        return CREATE_STATUS(INVALID_ARGUMENT, "the token finds no room in the cache, or its position is beyond the "
+                                               "model's context");
+    const float *cosines = (float *)angles.data + position * dim / 2, *sines = (float *)data[SIN] + position * dim / 2;
     struct row rows[kv_heads];
     float rotated[heads * dim];
     for (int64_t h = 0; h < heads; h++) rotate(rotated + h * dim, query + h * dim, cosines, sines, dim / 2);
     if (first) add_rows(rows, full, position + 1, key, value, cosines, sines);
-    if (data[4]) {
-        in_use = *(int32_t *)data[5];
-        if (*(int64_t *)data[4] + 1 != in_use) shift(step, bounded), shift(step, bounded + 1);
-    }
+    if (held + 1 != in_use) shift(step, bounded), shift(step, bounded + 1);
     add_rows(rows + first, bounded, in_use, key + first * dim, value + first * dim, cosines, sines);
     running = context;
     if (!attend(attended.data, rotated, rows, kv_heads, group, dim, step->scale, FLOAT32, FLOAT32, step->threads))
@@ -298,9 +302,10 @@ BASELINE OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
     OrtCustomOpDomain *domain;
     OrtStatus *failed;
     const char *feature = lacking();
-    if (!(api = base->GetApi(API_VERSION))) return NULL; /* an older ONNX Runtime: it says so, and uses the definitions */
+    if (!(api = base->GetApi(API_VERSION))) return NULL; /* an older ONNX Runtime: it uses the definitions */
     if (feature) {
-        snprintf(message, sizeof message, "the library was compiled for a processor with %s - compile it here", feature);
+        snprintf(message, sizeof message, "the library was compiled for a processor with %s - compile it here",
+                 feature);
         return CREATE_STATUS(FAIL, message);
     }
     if ((failed = CREATE_DOMAIN("ai.thinkkv", &domain)) || (failed = ADD_OPERATOR(domain, &step_operator)) ||

@@ -33,6 +33,7 @@ class Options:
         new_tokens: decode steps.
         prefills: per setting.
         quantize: the weights of ONNX bundles.
+        native: whether to measure them with operators in C, too.
         dtype: of torch weights and cache.
         memory: whether to measure peak memory.
     """
@@ -42,6 +43,7 @@ class Options:
     new_tokens: int
     prefills: int
     quantize: Literal["none", "int8", "int4"]
+    native: bool
     dtype: str | None
     memory: bool
 
@@ -62,6 +64,7 @@ Examples:
 @click.option(
     "--quantize", type=click.Choice(("none", "int8", "int4")), default="none", help="Weights of ONNX bundles."
 )
+@click.option("--native", is_flag=True, help="ONNX bundles with bounded caches a second time, with operators in C.")
 @click.option("--quick", is_flag=True, help="A look: 500 tokens, 12 steps, no peak memory; below 3 minutes.")
 @dtype_option
 @json_option
@@ -78,6 +81,7 @@ def bench(
     prefills: int | None,
     memory: bool | None,
     quantize: Literal["none", "int8", "int4"],
+    native: bool,
     quick: bool,
     dtype: str | None,
     as_json: bool,
@@ -95,9 +99,12 @@ def bench(
         new_tokens or defaults.get("new_tokens", 48),
         prefills or defaults.get("prefills", 3),
         quantize,
+        native,
         dtype,
         not quick if memory is None else memory,
     )
+    if native and runtime != "onnx":
+        raise click.UsageError("--native is of ONNX bundles - add --runtime onnx")
     chosen = Compared.of(model, profile, policies or (POLICIES if runtime == "torch" else ONNX_POLICIES))
     ratios = numbers(ratio, "--ratio", float)
     rows = _onnx_rows if runtime == "onnx" else _torch_rows
@@ -178,19 +185,14 @@ def _onnx_rows(chosen: Compared, ratios: Sequence[float], options: Options, fold
                         folder=folder / "bundles",
                     )
                 )
+        sides: list[dict[str, Any]] = [
+            {"bundle": str(found), "name": setting.name, "native": native}
+            for found, setting in zip(folders, compared, strict=True)
+            for native in ((False, True) if options.native and setting.policy.name != "full" else (False,))
+        ]
         for threads in options.threads:
-            contenders = [
-                OnnxContender(found, setting.name, threads or None)
-                for found, setting in zip(folders, compared, strict=True)
-            ]
-            jobs = [
-                {
-                    "contender": "thinkkv.export.onnx.contender:of_job",
-                    "bundle": str(found),
-                    "name": setting.name,
-                }
-                for found, setting in zip(folders, compared, strict=True)
-            ]
+            contenders = [OnnxContender(threads=threads or None, **side) for side in sides]
+            jobs = [{"contender": "thinkkv.export.onnx.contender:of_job", **side} for side in sides]
             yield from _rows(contenders, jobs, prompt_ids(tokenizer, context), threads, options)
 
 
@@ -242,13 +244,14 @@ def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    for column in ("policy", "ratio", "context", "threads", "prefill s", "tokens/s", "ms a step"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+    for column in ("runtime", "policy", "ratio", "context", "threads", "prefill s", "tokens/s", "ms a step"):
+        table.add_column(column, justify="left" if column in ("runtime", "policy") else "right")
     for column in ("cache MiB", "used MiB", "peak MiB"):
         table.add_column(column, justify="right")
     for row in rows:
         sizes = (row[name] for name in ("cache_bytes", "used_bytes", "peak_rss_bytes"))
         table.add_row(
+            row["runtime"],
             row["policy"],
             f"{row['ratio']:g}",
             str(row["context"]),

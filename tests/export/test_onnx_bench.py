@@ -48,6 +48,20 @@ def test_rows_name_the_options_and_bundles_follow_them(
     assert before == {path: path.stat().st_mtime_ns for path in Path("out/bundles").glob("*/model.onnx")}
 
 
+def test_native_measures_bounded_bundles_twice(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = rows(checkpoint, checkpoint.parent / "profile", "--native", "--no-memory", policies="full,task-kv")
+    assert [(row["runtime"], row["policy"]) for row in found] == [
+        ("onnx", "full"),
+        ("onnx", "task-kv"),
+        ("onnx-native", "task-kv"),
+    ]
+    assert found[1]["cache_bytes"] == found[2]["cache_bytes"] < found[0]["cache_bytes"]
+    assert "--runtime onnx" in call("bench", "--native", code=2).stderr
+
+
 def test_another_model_or_profile_is_another_bundle(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
