@@ -11,12 +11,12 @@ import onnx
 from onnx import helper, numpy_helper
 
 from thinkkv.export.onnx import names
-from thinkkv.export.onnx.cursor import FULL_KV_OUTPUTS, TASK_KV_OUTPUTS
+from thinkkv.export.onnx.cursor import TASK_KV_OUTPUTS
 from thinkkv.export.onnx.domain import HeadGroup, Overload
 from thinkkv.export.onnx.full_kv_attention import INPUTS as FULL_KV_INPUTS
 from thinkkv.export.onnx.full_kv_attention import full_kv_node
 from thinkkv.export.onnx.slots import Slots
-from thinkkv.export.onnx.task_kv_attention import task_kv_node
+from thinkkv.export.onnx.task_kv_attention import FULL_KV_FLAGS, task_kv_node
 from thinkkv.patches.errors import ExportError
 from thinkkv.sdk.block import LayerClasses
 
@@ -142,17 +142,17 @@ class AttentionWriter:
         stock = Stock.of(node, layers)
         layer, states, output = stock.layer, node.input[:3], node.output[0]
         if not layer.full:
-            return [self._bounded(stock, states, output)]
+            return [self._task_kv(stock, states, output)]
         if layer.full == layer.kv_heads:
             return self._all_full(stock, output) if self._by_products else [self._full(stock, states, output)]
         if self._by_products:
-            return [self._both(stock, states, output)]
+            return [self._task_kv(stock, states, output, with_full=True)]
         splits, parts = self._split(stock)
         outputs = [f"{stock.prefix}/full", f"{stock.prefix}/bounded"]
         return [
             *splits,
             self._full(stock, parts[0], outputs[0]),
-            self._bounded(stock, parts[1], outputs[1]),
+            self._task_kv(stock, parts[1], outputs[1]),
             helper.make_node("Concat", outputs, [output], name=f"{stock.prefix}/heads", axis=-1),
         ]
 
@@ -196,40 +196,27 @@ class AttentionWriter:
         heads = stock.group(stock.layer.full)
         return [*splits, full_kv_node(stock.name, inputs, [output, *present], heads=heads)]
 
-    def _bounded(self, stock: Stock, states: Sequence[str], output: str) -> onnx.NodeProto:
-        """TaskKVAttention over heads of which none is full."""
-        return self._task_kv(stock, states, names.STEPS, [output])
-
-    def _both(self, stock: Stock, states: Sequence[str], output: str) -> onnx.NodeProto:
-        """TaskKVAttention over heads of which some are full."""
-        past, present = self._full_cache(stock)
-        of_full = [*past, *stock.lengths, *map(names.cursor, FULL_KV_OUTPUTS)]
-        return self._task_kv(
-            stock, states, names.STEPS_WITH_FULL, [output], of_full, present, stock.group(stock.layer.full)
-        )
-
-    def _task_kv(
-        self,
-        stock: Stock,
-        states: Sequence[str],
-        steps: str,
-        outputs: Sequence[str],
-        of_full: Sequence[str] = (),
-        full_present: Sequence[str] = (),
-        full: HeadGroup | None = None,
-    ) -> onnx.NodeProto:
+    def _task_kv(self, stock: Stock, states: Sequence[str], output: str, *, with_full: bool = False) -> onnx.NodeProto:
+        """TaskKVAttention over the others, or over all heads."""
         number, slots = self._caches.bounded[stock.index], self._slots
         assert slots is not None
         past, present = self._declare(number, stock.others, stock.layer.head_dim, ("slots", "slots"), 1)
-        overload = Overload(packed=not states[1], with_full=full is not None)
+        steps = names.STEPS_WITH_FULL if with_full else names.STEPS
+        inputs = [*states, *past, *map(names.cursor, TASK_KV_OUTPUTS), steps, *stock.rotary]
+        outputs = [output, *present]
+        if with_full:
+            full_past, full_present = self._full_cache(stock)
+            inputs += [*full_past, *stock.lengths, *map(names.cursor, FULL_KV_FLAGS)]
+            outputs += full_present
+        overload = Overload(packed=not states[1], with_full=with_full)
         self.overloads.add(overload)
         return task_kv_node(
             stock.name,
-            [*states, *past, *map(names.cursor, TASK_KV_OUTPUTS), steps, *stock.rotary, *of_full],
-            [*outputs, *present, *full_present],
+            inputs,
+            outputs,
             heads=stock.group(stock.others),
             slots=slots,
-            full=full,
+            full=stock.group(stock.layer.full) if with_full else None,
             packed=overload.packed,
         )
 

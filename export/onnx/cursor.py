@@ -14,7 +14,7 @@ from thinkkv.export.onnx.slots import MOST_BLOCKS
 TASK_KV = "TaskKVCursor"
 TASK_KV_OUTPUTS = ("position_ids", "held", "slots_in_use", "last_slot", "appends")
 FULL_KV = "FullKVCursor"
-FULL_KV_OUTPUTS = ("write_slot", "mask", "blocks", "by_products", "stock", "appends_by_products")
+FULL_KV_OUTPUTS = ("write_slot", "mask", "blocks", "by_products", "appends_by_products", "stock")
 STEP = "StepCursor"
 LONG = 1024
 """Tokens from which on full heads may be attended to by matrix products; with fewer these cost more than they save."""
@@ -55,7 +55,7 @@ TaskKVCursor <capacity, stride> (input_ids, attention_mask)
 _FULL_KV_TEXT = """
 <domain: "ai.thinkkv", opset_import: ["": 24]>
 FullKVCursor <long> (input_ids, attention_mask, past_key, appends)
-  => (write_slot, mask, blocks, by_products, stock, appends_by_products)
+  => (write_slot, mask, blocks, by_products, appends_by_products, stock)
 {
   zero = Constant <value_int = 0> ()
   one = Constant <value_int = 1> ()

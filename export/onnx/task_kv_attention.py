@@ -23,7 +23,9 @@ from thinkkv.export.onnx.slots import Slots
 
 NAME = "TaskKVAttention"
 INPUTS = ("query", "key", "value", "past_key", "past_value", *TASK_KV_OUTPUTS, "steps", "cos_cache", "sin_cache")
-FULL_INPUTS = ("full_past_key", "full_past_value", "seqlens_k", "total_sequence_length", *FULL_KV_OUTPUTS)
+FULL_KV_FLAGS = FULL_KV_OUTPUTS[:-1]
+"""What it reads of FullKVCursor; what is left serves StepCursor."""
+FULL_INPUTS = ("full_past_key", "full_past_value", "seqlens_k", "total_sequence_length", *FULL_KV_FLAGS)
 """Behind them where the layer has full heads."""
 
 # A new token that finds no room: the oldest recent ones go, the others move up. GroupQueryAttention without new keys

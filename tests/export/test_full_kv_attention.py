@@ -96,7 +96,7 @@ def test_when_the_products_serve(past: int, new: int, length: int, expected: boo
         "past_key": np.zeros((1, 1, length, 2), np.float32),
         "appends": np.array([appends]),
     }
-    write_slot, mask, blocks, by_products, stock, appends_by_products = run_cursor(feeds)
+    write_slot, mask, blocks, by_products, appends_by_products, stock = run_cursor(feeds)
     assert write_slot.tolist() == [past + new - 1]
     assert (mask == 0).tolist() == [slot < past + new for slot in range(length)]
     assert bool(by_products) is expected

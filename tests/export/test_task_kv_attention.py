@@ -156,7 +156,6 @@ def test_with_full_heads_it_is_both_operators(past: int, new: int, by_products: 
     states = {name: np.concatenate([whole[name], bounded[name]], axis=-1) for name in ("query", "key", "value")}
     flags = {
         "steps": bounded["steps"] & (not by_products),
-        "stock": bounded["appends"] & (not by_products),
         "appends_by_products": bounded["appends"] & by_products,
     }
     caches = {f"full_{name}": whole[name] for name in ("past_key", "past_value")}
