@@ -25,13 +25,14 @@ TEXT = Path(__file__).parent.parent / "sdk" / "prompts" / "demo.txt"
 BUNDLES = {
     "ours-int4": "ours",
     "ours-int4-native": "ours",
+    "ours-int4-native-float16": "ours-float16",
     "stock-int4": "stock",
     "stock-int4-same-options": "stock-same-options",
 }
 """Exported for ONNX Runtime: settings and their folders."""
 
-NATIVE = ("ours-int4-native",)
-"""Settings with operators in C, which lie in the bundle's folder."""
+NATIVE = ("ours-int4-native", "ours-int4-native-float16")
+"""Settings with operators in C, which lie in the bundle's folder; the second has float16 caches."""
 
 
 class Runtime(Protocol):
@@ -97,10 +98,11 @@ class FilledOnnx:
             if value.name.startswith("past_key_values."):
                 _, heads, length, _ = value.shape
                 shape = (1, heads, slots if length == "slots" else context + room, config["head_size"])
-                cache = onnxruntime.OrtValue.ortvalue_from_numpy(np.full(shape, 0.01, np.float32))
+                dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+                cache = onnxruntime.OrtValue.ortvalue_from_numpy(np.full(shape, 0.01, dtype))
                 self._binding.bind_ortvalue_input(value.name, cache)
                 self._binding.bind_ortvalue_output(value.name.replace("past_key_values", "present"), cache)
-                self._caches.append(4 * int(np.prod(shape)))
+                self._caches.append(np.dtype(dtype).itemsize * int(np.prod(shape)))
 
     def prefill(self) -> float:
         return float("nan")

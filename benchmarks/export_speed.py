@@ -9,11 +9,11 @@ prefill in turn and then decode in turn, a few tokens at a time, so that a machi
 A process whose turn it is not is stopped: the threads of an idle runtime spin, and take half of the others' speed.
 What was measured stands in FOLDER/measured.jsonl and is not measured again: an interrupted run goes on.
 
-The ONNX bundles hold the same int4 weights: ours, by its definitions and with operators in C, the stock export as its
-documentation has it, and the stock export with the builder options that ours has. llama.cpp holds the same model at
-q4_0, PyTorch in float32. Contexts that the model does not have are measured on random weights of its shape; ONNX
-Runtime's cache is filled without a prompt there, llama.cpp and PyTorch read one, which takes a quarter of an hour at
-32,000 tokens.
+The ONNX bundles hold the same int4 weights: ours, by its definitions, with operators in C, and with float16 caches
+besides, the stock export as its documentation has it, and the stock export with the builder options that ours has.
+llama.cpp holds the same model at q4_0, PyTorch in float32. Contexts that the model does not have are measured on
+random weights of its shape; ONNX Runtime's cache is filled without a prompt there, llama.cpp and PyTorch read one,
+which takes a quarter of an hour at 32,000 tokens.
 """
 
 from __future__ import annotations
@@ -206,6 +206,7 @@ def _export(arguments: argparse.Namespace, model: Any, tokenizer: Any, profile: 
     write_checkpoint(baked, folder / "checkpoint")
     write_onnx(baked, folder / "ours", quantize="int4")
     write_library(folder / "ours")
+    write_onnx(baked, folder / "ours-float16", quantize="int4", native=True, cache_dtype="float16")
     write_gguf(baked, folder / "model.gguf", quantize="int4")
     build_stock(folder / "checkpoint", folder / "stock")
     build_stock(folder / "checkpoint", folder / "stock-same-options", *EXTRA_OPTIONS)

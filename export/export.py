@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from thinkkv.export.bake import Baked
-from thinkkv.export.onnx.builder import Provider, Quantize
+from thinkkv.export.onnx.builder import CacheDtype, Provider, Quantize
 from thinkkv.export.staging import staged, write_json
 from thinkkv.export.verification import NOT_RUN, Verified, verify_checkpoint, verify_gguf, verify_onnx
 from thinkkv.patches.errors import ExportError
@@ -54,6 +54,7 @@ def export(
     provider: Provider = "cpu",
     builder_options: Sequence[str] = (),
     native: bool = False,
+    cache_dtype: CacheDtype | None = None,
     force: bool = False,
     verify: bool = True,
 ) -> Exported:
@@ -67,6 +68,7 @@ def export(
         provider: ONNX execution provider; only what is for the CPU can be verified here.
         builder_options: further ``KEY=VALUE`` options of onnxruntime-genai's model builder.
         native: an ONNX bundle with operators in C for this processor.
+        cache_dtype: of a native bundle's caches; None for the graph's float type.
         force: replace an existing folder.
         verify: compare greedy tokens with PyTorch before the folder is put in place.
 
@@ -80,9 +82,14 @@ def export(
         raise ExportError("builder options belong to ONNX - drop --builder-option, or use --format onnx")
     if native and (format, provider) != ("onnx", "cpu"):
         raise ExportError("native operators belong to ONNX on a CPU - drop --native, or use --format onnx")
+    if cache_dtype == "float16" and not native:
+        raise ExportError(
+            "stock ONNX Runtime would convert float16 caches whole in each step - add --native, or drop --cache-dtype"
+        )
     with staged(target, needs=_needed_bytes(baked, format), force=force) as folder:
-        verified = _write(baked, folder, format, quantize, provider, builder_options, native, verify)
-        if verified.greedy_tokens_equal is False and quantize == "none":
+        verified = _write(baked, folder, format, quantize, provider, builder_options, native, cache_dtype, verify)
+        rounded = quantize != "none" or cache_dtype == "float16"
+        if verified.greedy_tokens_equal is False and not rounded:
             raise ExportError(
                 f"the {format} export generates other tokens than {verified.against} - nothing was kept; please report "
                 "the model and the versions from `thinkkv doctor`, or look at it with --no-verify"
@@ -98,6 +105,7 @@ def _write(
     provider: Provider,
     builder_options: Sequence[str],
     native: bool,
+    cache_dtype: CacheDtype | None,
     verify: bool,
 ) -> Verified:
     if format == "safetensors":
@@ -113,7 +121,15 @@ def _write(
         return verify_gguf(baked, folder / GGUF_FILE) if verify else NOT_RUN
     from thinkkv.export.onnx.write import write_onnx
 
-    write_onnx(baked, folder, quantize=quantize, provider=provider, builder_options=builder_options, native=native)
+    write_onnx(
+        baked,
+        folder,
+        quantize=quantize,
+        provider=provider,
+        builder_options=builder_options,
+        native=native,
+        cache_dtype=cache_dtype,
+    )
     return verify_onnx(baked, folder, native=native) if verify and provider == "cpu" else NOT_RUN
 
 

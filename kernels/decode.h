@@ -234,7 +234,7 @@ INLINE void attend_part(const struct call *call, int64_t task, enum type type, e
     float widened[MAX_GROUP * MAX_DIM], *sums = call->sums + task * group * dim;
     float *maxima = call->maxima + task * group, *totals = call->totals + task * group;
     int64_t bytes = entry_bytes(dim, stored);
-    enum type given = stored == INT8 ? call->type : type;
+    enum type given = call->type;
     const char *query = call->query + call->row_of[task] * group * dim * size_of(given);
     if (OPERAND(type) != given) {
         widen(widened, query, group * dim, given);

@@ -24,7 +24,7 @@ typedef struct {
 } OrtApiBase;
 
 /* Names of element types and of what an input or output may be, as the interface counts them. */
-enum element { ANY, FLOAT = 1, INT32 = 6, INT64 = 7, BOOL = 9 };
+enum element { FLOAT = 1, INT32 = 6, INT64 = 7, BOOL = 9, HALF = 10 };
 enum presence { REQUIRED, OPTIONAL };
 enum failure { FAIL = 1, INVALID_ARGUMENT = 2 };
 

@@ -60,7 +60,8 @@ def test_a_bundle_and_a_gguf_file_say_what_pytorch_says(run: Run) -> None:
 
 def test_all_runtimes_are_measured(run: Run, tmp_path: Path) -> None:
     rows = {row["setting"]: row for row in run("export_speed", "rows.json", "--folder", tmp_path / "speed")}
-    assert len(rows) == 7
+    assert len(rows) == 8
+    assert 2 * rows["ours-int4-native-float16"]["cache_bytes"] == rows["ours-int4-native"]["cache_bytes"]
     assert all(row["decode_tokens_per_second"] > 1 < row["prefill_tokens_per_second"] for row in rows.values())
     assert all(row["peak_rss_bytes"] > row["cache_bytes"] > 0 for row in rows.values())
 

@@ -118,6 +118,7 @@ class AttentionWriter:
         graph: gets initializers.
         caches: their numbers.
         slots: what the bounded heads keep; None where every head is full.
+        cache_type: element type of the caches; None for the stock graph's.
         by_products: full heads may be attended to by matrix products.
 
     Attributes:
@@ -125,10 +126,12 @@ class AttentionWriter:
         overloads: ways in which the graph uses TaskKVAttention.
     """
 
-    def __init__(self, graph: onnx.GraphProto, caches: Caches, slots: Slots | None, *, by_products: bool) -> None:
+    def __init__(
+        self, graph: onnx.GraphProto, caches: Caches, slots: Slots | None, *, cache_type: int | None, by_products: bool
+    ) -> None:
         self._graph, self._caches, self._slots, self._by_products = graph, caches, slots, by_products
         first = next(value for value in graph.input if value.name == names.past(0, "key"))
-        self._type = first.type.tensor_type.elem_type
+        self._type = cache_type or first.type.tensor_type.elem_type
         self.inputs: dict[int, list[onnx.ValueInfoProto]] = {}
         self.outputs: dict[int, list[onnx.ValueInfoProto]] = {}
         self.overloads: set[Overload] = set()

@@ -14,6 +14,7 @@ from thinkkv.patches.errors import ExportError
 from thinkkv.sdk.extras import require
 
 Quantize = Literal["none", "int8", "int4"]
+CacheDtype = Literal["float32", "float16"]
 Provider = Literal["cpu", "cuda", "webgpu"]
 
 EXTRA_OPTIONS = (

@@ -46,8 +46,8 @@ class TaskKVAttention(OpRun):
         positions, past, used = position_ids[0], int(held[0]), int(slots_in_use[0])
         queries = _rotated(_by_head(query, num_heads), positions, cos_cache, sin_cache)
         keys = _rotated(_by_head(key, kv_num_heads), positions, cos_cache, sin_cache)
-        keys = np.concatenate([past_key[0][:, :past], keys], axis=1)
-        values = np.concatenate([past_value[0][:, :past], _by_head(value, kv_num_heads)], axis=1)
+        keys = _appended(past_key[0][:, :past], keys)
+        values = _appended(past_value[0][:, :past], _by_head(value, kv_num_heads))
         entries, fixed = keys.shape[1], sinks + middle
         present_key, present_value = past_key[0].copy(), past_value[0].copy()
         everything = np.arange(entries)
@@ -61,7 +61,7 @@ class TaskKVAttention(OpRun):
         for head, row in enumerate(chosen):
             present_key[head, :used], present_value[head, :used] = keys[head, row], values[head, row]
         if len(positions) == 1:  # what goes is gone before this token attends, what a prompt loses only after it
-            keys, values = present_key[:, :used], present_value[:, :used]
+            keys, values = (cache[:, :used].astype(query.dtype) for cache in (present_key, present_value))
         output = _attention(queries, keys, values, scale)
         return _flat(output, query.dtype), present_key[None], present_value[None]
 
@@ -97,8 +97,14 @@ class FullKVAttention(OpRun):
         present_key, present_value = past_key.copy(), past_value.copy()
         new = slice(total - len(positions), total)
         present_key[0, :, new], present_value[0, :, new] = keys, _by_head(value, kv_num_heads)
-        output = _attention(queries, present_key[0, :, :total], present_value[0, :, :total], scale)
+        keys, values = (cache[0, :, :total].astype(query.dtype) for cache in (present_key, present_value))
+        output = _attention(queries, keys, values, scale)
         return _flat(output, query.dtype), present_key, present_value
+
+
+def _appended(held: Array, new: Array) -> Array:
+    """[h, entries, D]: what a cache holds, and new states as it holds them."""
+    return np.concatenate([held, new.astype(held.dtype)], axis=1).astype(new.dtype)
 
 
 def _by_head(packed: Array, heads: int) -> Array:

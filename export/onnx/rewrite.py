@@ -40,7 +40,14 @@ _STEPS = {names.STEPS: "appends", names.STEPS_WITH_FULL: "stock", names.STEPS_AL
 """StepCursor's outputs, and the cursor that says whether the definition of TaskKVStep serves such a layer."""
 
 
-def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots | None, *, on_cpu: bool) -> Caches:
+def rewrite(
+    model: onnx.ModelProto,
+    layers: Sequence[LayerClasses],
+    slots: Slots | None,
+    *,
+    on_cpu: bool,
+    cache_type: int | None = None,
+) -> Caches:
     """Give a dense graph its two caches, in place.
 
     Args:
@@ -48,6 +55,7 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots
         layers: classes per layer.
         slots: what the bounded heads keep; None where every head is full.
         on_cpu: the graph is for a CPU.
+        cache_type: element type of the caches; None for the stock graph's.
 
     Raises:
         ExportError: the builder's graph is not as expected.
@@ -59,7 +67,8 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots
             f"the built graph has {len(attention)} {ATTENTION} nodes for {len(layers)} layers - "
             "use a version of onnxruntime-genai that docs/export.md lists"
         )
-    writer = AttentionWriter(graph, caches, slots, by_products=on_cpu and slots is not None)
+    by_products = on_cpu and slots is not None
+    writer = AttentionWriter(graph, caches, slots, cache_type=cache_type, by_products=by_products)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.op_type == ATTENTION:
@@ -67,10 +76,10 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots
         else:
             nodes.append(node)
     if slots is not None:
-        by_products = on_cpu and any(layer.full for layer in layers)
-        model.functions.extend(_definitions(writer.overloads, by_products))
+        has_full = on_cpu and any(layer.full for layer in layers)
+        model.functions.extend(_definitions(writer.overloads, has_full))
         read = {value for node in nodes for value in node.input}
-        nodes = [*_cursors(slots, by_products, read), *nodes]
+        nodes = [*_cursors(slots, has_full, read), *nodes]
     del graph.node[:]
     graph.node.extend(nodes)
     _replace_caches(graph, writer.inputs, writer.outputs)
@@ -80,20 +89,20 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[LayerClasses], slots: Slots
     return caches
 
 
-def _definitions(overloads: Iterable[Overload], by_products: bool) -> list[onnx.FunctionProto]:
+def _definitions(overloads: Iterable[Overload], has_full: bool) -> list[onnx.FunctionProto]:
     """The operators that a graph uses."""
     used = sorted({Overload(), *overloads}, key=lambda overload: overload.name)
     functions = [task_kv_cursor(), step_cursor(), *map(task_kv_attention, used), *map(task_kv_step, used)]
-    if by_products:
+    if has_full:
         functions += [full_kv_cursor(), full_kv_attention(), task_kv_step(Overload(all_full=True))]
     return functions
 
 
-def _cursors(slots: Slots, by_products: bool, read: set[str]) -> list[onnx.NodeProto]:
+def _cursors(slots: Slots, has_full: bool, read: set[str]) -> list[onnx.NodeProto]:
     """The nodes that say where a call stands, to attention nodes that read these values."""
     outputs = [names.cursor(output) for output in TASK_KV_OUTPUTS]
     cursors = [task_kv_cursor_node(outputs, capacity=slots.capacity, stride=slots.stride)]
-    if by_products:
+    if has_full:
         outputs = [names.cursor(output) for output in FULL_KV_OUTPUTS]
         cursors.append(full_kv_cursor_node(names.past(0, "key"), names.cursor("appends"), outputs))
     steps = (step_cursor_node(names.cursor(served), steps) for steps, served in _STEPS.items() if steps in read)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkkv.export.bake import Baked
-from thinkkv.export.onnx.builder import Provider, Quantize, build_dense, check_installed
+from thinkkv.export.onnx.builder import CacheDtype, Provider, Quantize, build_dense, check_installed
 from thinkkv.export.onnx.generate import GENAI_FILE
 from thinkkv.export.onnx.native import LIBRARY_FILE, check_native, write_library
 from thinkkv.export.onnx.session import GRAPH_FILE
@@ -28,6 +28,7 @@ def write_onnx(
     provider: Provider = "cpu",
     builder_options: Sequence[str] = (),
     native: bool = False,
+    cache_dtype: CacheDtype | None = None,
 ) -> None:
     """Graph, data file, ``genai_config.json``, tokenizer and ``thinkkv.json``.
 
@@ -38,6 +39,7 @@ def write_onnx(
         provider: execution provider that the graph is for; other than ``cpu`` it is built and checked, not run.
         builder_options: further options of onnxruntime-genai's builder, ``KEY=VALUE``.
         native: with operators in C for this processor, which onnxruntime-genai then loads.
+        cache_dtype: of a native bundle's caches; None for the graph's float type.
 
     Raises:
         ExportError: the model cannot be expressed, the builder failed, or operators in C cannot be compiled.
@@ -52,13 +54,16 @@ def write_onnx(
     with tempfile.TemporaryDirectory(dir=folder, prefix="checkpoint.") as checkpoint:
         write_checkpoint(baked, Path(checkpoint))
         build_dense(Path(checkpoint), folder, quantize=quantize, provider=provider, options=builder_options)
-    bounded = _rewrite_graph(folder / GRAPH_FILE, baked.block, slots, on_cpu=provider == "cpu")
+    bounded = _rewrite_graph(
+        folder / GRAPH_FILE, baked.block, slots, on_cpu=provider == "cpu", half=cache_dtype == "float16"
+    )
     _adapt_genai(folder / GENAI_FILE, slots, bounded, GENAI_SLACK if provider == "cpu" else 0, native=native)
     runtime = {
         "quantize": quantize,
         "provider": provider,
         "builder_options": list(builder_options),
         "slots": vars(slots) if slots else None,
+        "cache_dtype": cache_dtype,
     }
     write_json(folder / BLOCK_FILE, baked.block.as_json() | {"onnx": runtime})
 
@@ -68,13 +73,14 @@ def slots_of(block: Block) -> Slots | None:
     return Slots.of(block) if any(layer.full < layer.kv_heads for layer in block.layers) else None
 
 
-def _rewrite_graph(path: Path, block: Block, slots: Slots | None, *, on_cpu: bool) -> list[int]:
+def _rewrite_graph(path: Path, block: Block, slots: Slots | None, *, on_cpu: bool, half: bool = False) -> list[int]:
     import onnx  # part of the export extra
 
     from thinkkv.export.onnx.rewrite import rewrite
 
     model = onnx.load(path, load_external_data=False)  # the weights stay where they are, in the data file
-    caches = rewrite(model, block.layers, slots, on_cpu=on_cpu)
+    cache_type = onnx.TensorProto.FLOAT16 if half else None
+    caches = rewrite(model, block.layers, slots, on_cpu=on_cpu, cache_type=cache_type)
     onnx.save(model, path)
     return caches.bounded_numbers
 

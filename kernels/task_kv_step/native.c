@@ -71,7 +71,15 @@ struct step {
     int64_t heads, kv_heads, full_heads, full_kv_heads;
     int64_t sinks, middle, stride;
     float scale;
+    enum type stored; /* numbers of the caches */
     int threads;
+};
+
+/* TaskKVStep for one type of caches. */
+struct step_operator {
+    struct operator operator;
+    enum element element;
+    enum type stored;
 };
 
 /* Rotate a head by the angles of a position: the first half of its dimensions with the second. */
@@ -84,45 +92,49 @@ static void rotate(float *out, const float *state, const float *cosines, const f
 }
 
 /* A cache as output: the memory of the input, or a copy of it where a runtime does not share them. */
-static OrtStatus *present(OrtKernelContext *context, int output, const struct tensor *past, struct tensor *here) {
+static OrtStatus *present(OrtKernelContext *context, int output, const struct tensor *past, struct tensor *here,
+                          enum type stored) {
     int64_t dims[4] = {1, past->heads, past->length, past->size};
     OrtValue *value;
     OrtStatus *failed = OUTPUT(context, output, dims, 4, &value);
     if (failed || (failed = view(here, value))) return failed;
-    size_t bytes = past->heads * past->length * past->size * sizeof(float);
+    size_t bytes = past->heads * past->length * past->size * size_of(stored);
     if (here->data != past->data) memcpy(here->data, past->data, bytes);
     return NULL;
 }
 
 /* The oldest recent tokens go, the others move up. */
 static void shift(const struct step *step, const struct tensor *cache) {
-    int64_t fixed = step->sinks + step->middle, kept = cache->length - fixed - step->stride, dim = cache->size;
+    int64_t fixed = step->sinks + step->middle, kept = cache->length - fixed - step->stride;
+    int64_t bytes = cache->size * size_of(step->stored); /* of a slot */
     for (int64_t h = 0; h < cache->heads; h++) {
-        float *recent = (float *)cache->data + (h * cache->length + fixed) * dim;
-        memmove(recent, recent + step->stride * dim, kept * dim * sizeof *recent);
+        char *recent = (char *)cache->data + (h * cache->length + fixed) * bytes;
+        memmove(recent, recent + step->stride * bytes, kept * bytes);
     }
 }
 
 /* Write the new token of one group of heads, and say which entries its queries see. `cache`: keys and values. */
-static void add_rows(struct row *rows, const struct tensor *cache, int64_t in_use, const float *new_keys,
-                     const float *new_values, const float *cosines, const float *sines) {
-    int64_t dim = cache->size, stride = cache->length * dim, last = (in_use - 1) * dim;
+static void add_rows(struct row *rows, const struct tensor *cache, enum type stored, int64_t in_use,
+                     const float *new_keys, const float *new_values, const float *cosines, const float *sines) {
+    int64_t dim = cache->size, stride = cache->length * dim * size_of(stored), last = (in_use - 1) * dim;
+    float rotated[dim];
     for (int64_t h = 0; h < cache->heads; h++) {
-        float *key = (float *)cache[0].data + h * stride, *value = (float *)cache[1].data + h * stride;
-        rotate(key + last, new_keys + h * dim, cosines, sines, dim / 2);
-        memcpy(value + last, new_values + h * dim, dim * sizeof *value);
-        rows[h] = (struct row){.keys = (const char *)key, .values = (const char *)value, .count = in_use};
+        char *keys = (char *)cache[0].data + h * stride, *values = (char *)cache[1].data + h * stride;
+        rotate(rotated, new_keys + h * dim, cosines, sines, dim / 2);
+        for (int64_t d = 0; d < dim; d++) store(keys, last + d, rotated[d], stored);
+        for (int64_t d = 0; d < dim; d++) store(values, last + d, new_values[h * dim + d], stored);
+        rows[h] = (struct row){.keys = keys, .values = values, .count = in_use};
     }
 }
 
 /* Both tensors of a cache, past and present. */
-static OrtStatus *share(OrtKernelContext *context, int input, int output, struct tensor *pair) {
+static OrtStatus *share(OrtKernelContext *context, int input, int output, struct tensor *pair, enum type stored) {
     OrtStatus *failed = NULL;
     for (int kind = 0; kind < 2 && !failed; kind++) {
         struct tensor past;
         OrtValue *value;
         if ((failed = INPUT(context, input + kind, (const OrtValue **)&value)) || (failed = view(&past, value))) break;
-        failed = present(context, output + kind, &past, pair + kind);
+        failed = present(context, output + kind, &past, pair + kind, stored);
     }
     return failed;
 }
@@ -146,9 +158,10 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     void *data[INPUTS];
     OrtValue *output, *table;
     OrtStatus *failed = data_of(context, data);
-    if (failed || (failed = share(context, PAST_KEY, PRESENT_KEY, bounded))) return failed;
+    if (failed || (failed = share(context, PAST_KEY, PRESENT_KEY, bounded, step->stored))) return failed;
     if ((failed = INPUT(context, COS, (const OrtValue **)&table)) || (failed = view(&angles, table))) return failed;
-    if (step->full_kv_heads && (failed = share(context, FULL_PAST_KEY, FULL_PRESENT_KEY, full))) return failed;
+    if (step->full_kv_heads && (failed = share(context, FULL_PAST_KEY, FULL_PRESENT_KEY, full, step->stored)))
+        return failed;
     int64_t heads = step->full_heads + step->heads, first = step->full_kv_heads, kv_heads = first + step->kv_heads;
     int64_t dim = bounded->size, group = heads / kv_heads, dims[3] = {1, 1, heads * dim};
     if (dim % LANES || dim > MAX_DIM || group > MAX_GROUP)
@@ -167,11 +180,11 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     struct row rows[kv_heads];
     float rotated[heads * dim];
     for (int64_t h = 0; h < heads; h++) rotate(rotated + h * dim, query + h * dim, cosines, sines, dim / 2);
-    if (first) add_rows(rows, full, position + 1, key, value, cosines, sines);
+    if (first) add_rows(rows, full, step->stored, position + 1, key, value, cosines, sines);
     if (held + 1 != in_use) shift(step, bounded), shift(step, bounded + 1);
-    add_rows(rows + first, bounded, in_use, key + first * dim, value + first * dim, cosines, sines);
+    add_rows(rows + first, bounded, step->stored, in_use, key + first * dim, value + first * dim, cosines, sines);
     running = context;
-    if (!attend(attended.data, rotated, rows, kv_heads, group, dim, step->scale, FLOAT32, FLOAT32, step->threads))
+    if (!attend(attended.data, rotated, rows, kv_heads, group, dim, step->scale, FLOAT32, step->stored, step->threads))
         return CREATE_STATUS(FAIL, "no memory left to attend to the cache");
     return NULL;
 }
@@ -179,7 +192,7 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
 static OrtStatus *create(const struct operator *self, OrtApi table, const OrtKernelInfo *info, void **kernel) {
     struct step *step = malloc(sizeof *step);
     OrtStatus *failed;
-    (void)self, (void)table;
+    (void)table;
     if (!step) return CREATE_STATUS(FAIL, "no memory left");
     struct {
         const char *name;
@@ -191,6 +204,7 @@ static OrtStatus *create(const struct operator *self, OrtApi table, const OrtKer
     failed = ATTRIBUTE_FLOAT(info, "scale", &step->scale);
     for (size_t i = 0; !failed && i < sizeof attributes / sizeof *attributes; i++)
         failed = ATTRIBUTE_INT(info, attributes[i].name, attributes[i].value);
+    step->stored = ((const struct step_operator *)self)->stored;
     step->threads = sysconf(_SC_NPROCESSORS_ONLN);
     if (failed) free(step);
     else *kernel = step;
@@ -228,14 +242,17 @@ static size_t step_outputs(const struct operator *self) { return (void)self, OUT
 static size_t cursor_inputs(const struct operator *self) { return (void)self, 2; }
 static size_t cursor_outputs(const struct operator *self) { return (void)self, 1; }
 static enum element step_input(const struct operator *self, size_t i) {
-    (void)self;
     switch (i) {
+    case PAST_KEY: case PAST_VALUE: case FULL_PAST_KEY: case FULL_PAST_VALUE:
+        return ((const struct step_operator *)self)->element;
     case POSITION_IDS: case HELD: case WRITE_SLOT: case BLOCKS: return INT64;
     case SLOTS_IN_USE: case LAST_SLOT: case SEQLENS_K: case TOTAL_SEQUENCE_LENGTH: return INT32;
     default: return FLOAT;
     }
 }
-static enum element step_output(const struct operator *self, size_t o) { return (void)self, (void)o, FLOAT; }
+static enum element step_output(const struct operator *self, size_t o) {
+    return o == ATTENDED ? FLOAT : ((const struct step_operator *)self)->element;
+}
 static enum element cursor_input(const struct operator *self, size_t i) { return (void)self, i ? BOOL : INT64; }
 static enum element cursor_output(const struct operator *self, size_t o) { return (void)self, (void)o, BOOL; }
 static enum presence step_input_presence(const struct operator *self, size_t i) {
@@ -253,11 +270,13 @@ static int any_memory(const struct operator *self, size_t i) { return (void)self
 static int first_version(const struct operator *self) { return (void)self, 1; }
 static int last_version(const struct operator *self) { return (void)self, 1; }
 
-static const struct operator step_operator = {
-    .version = API_VERSION, .name = step_name, .provider = on_cpu, .input_type = step_input, .input_count = step_inputs,
-    .output_type = step_output, .output_count = step_outputs, .destroy = free, .input_presence = step_input_presence,
-    .output_presence = step_output_presence, .memory = any_memory, .create = create, .compute = compute,
-    .first_version = first_version, .last_version = last_version};
+#define STEP_OPERATOR                                                                                                  \
+    {.version = API_VERSION, .name = step_name, .provider = on_cpu, .input_type = step_input,                          \
+     .input_count = step_inputs, .output_type = step_output, .output_count = step_outputs, .destroy = free,            \
+     .input_presence = step_input_presence, .output_presence = step_output_presence, .memory = any_memory,             \
+     .create = create, .compute = compute, .first_version = first_version, .last_version = last_version}
+static const struct step_operator step_operators[] = {
+    {STEP_OPERATOR, FLOAT, FLOAT32}, {STEP_OPERATOR, HALF, FLOAT16}};
 static const struct operator cursor_operator = {
     .version = API_VERSION, .name = cursor_name, .provider = on_cpu, .input_type = cursor_input,
     .input_count = cursor_inputs, .output_type = cursor_output, .output_count = cursor_outputs, .destroy = free,
@@ -308,7 +327,8 @@ BASELINE OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
                  feature);
         return CREATE_STATUS(FAIL, message);
     }
-    if ((failed = CREATE_DOMAIN("ai.thinkkv", &domain)) || (failed = ADD_OPERATOR(domain, &step_operator)) ||
+    if ((failed = CREATE_DOMAIN("ai.thinkkv", &domain)) || (failed = ADD_OPERATOR(domain, &step_operators[0].operator)) ||
+        (failed = ADD_OPERATOR(domain, &step_operators[1].operator)) ||
         (failed = ADD_OPERATOR(domain, &cursor_operator)))
         return failed;
     return ADD_DOMAIN(options, domain);

@@ -59,6 +59,11 @@ Examples:
     help="ONNX execution provider that the graph is for.",
 )
 @click.option("--native", is_flag=True, help="Add ONNX operators in C, compiled for this processor: decodes faster.")
+@click.option(
+    "--cache-dtype",
+    type=click.Choice(("float32", "float16")),
+    help="Numbers of a --native bundle's caches.  [default: float32]",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: below thinkkv-out/]")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @click.option("--verify/--no-verify", default=True, help="Compare greedy tokens with PyTorch.  [default: verify]")
@@ -77,6 +82,7 @@ def export(
     builder_options: tuple[str, ...],
     provider: Literal["cpu", "cuda", "webgpu"],
     native: bool,
+    cache_dtype: Literal["float32", "float16"] | None,
     out: Path | None,
     force: bool,
     verify: bool,
@@ -118,6 +124,7 @@ def export(
             provider=provider,
             builder_options=builder_options,
             native=native,
+            cache_dtype=cache_dtype,
             force=force,
             verify=verify,
         )
@@ -131,6 +138,8 @@ def export(
         "heterogeneous": baked.block.heterogeneous,
         "quantize": quantize,
         "provider": provider,
+        "native": native,
+        "cache_dtype": cache_dtype,
         "seconds": round(time.monotonic() - start, 1),
     }
     if as_json:
@@ -230,4 +239,4 @@ def _how_to_run(result: dict[str, Any]) -> str:
         return f"llama-cli -m {folder}/model.gguf    (llama.cpp keeps the full cache in every head)"
     if result["provider"] != "cpu":
         return f"onnxruntime-genai with the {result['provider']} provider on {folder}"
-    return f'thinkkv run {folder} --prompt "..."'
+    return f'thinkkv run {folder} --prompt "..."' + (" --native" if result["native"] else "")

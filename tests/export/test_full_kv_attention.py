@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from tests.export.operators import DIM, assert_equal, floats, one_node, oracle_of, rotary, runtime_of
+from tests.export.operators import DIM, assert_equal, one_node, oracle_of, results, rotary, runtime_of
 from thinkkv.export.onnx.cursor import FULL_KV_OUTPUTS, full_kv_cursor_node
 from thinkkv.export.onnx.domain import HeadGroup
 from thinkkv.export.onnx.full_kv_attention import INPUTS, full_kv_node
@@ -48,7 +48,7 @@ def feeds_of(
 
 
 def compare(heads: HeadGroup, feeds: dict[str, Any], library: Path | None = None) -> None:
-    model = one_node(full_kv_node("attention", INPUTS, OUTPUTS, heads=heads), feeds, floats(OUTPUTS))
+    model = one_node(full_kv_node("attention", INPUTS, OUTPUTS, heads=heads), feeds, results(OUTPUTS))
     total = int(feeds["total_sequence_length"])
     assert_equal(runtime_of(model, library).run(None, feeds), oracle_of(model).run(None, feeds), [total])
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import onnxruntime_genai
 import pytest
 from onnx import TensorProto
 
 from tests.export.baking import call
 from tests.export.operators import one_node, runtime_of
 from thinkkv.export.onnx.cursor import step_cursor_node
-from thinkkv.export.onnx.native import LIBRARY_FILE, check_native
+from thinkkv.export.onnx.generate import settings_of
+from thinkkv.export.onnx.native import LIBRARY_FILE, check_native, library_of
 from thinkkv.export.onnx.session import Session
 from thinkkv.kernels import task_kv_step
 from thinkkv.kernels.c_library import FLAGS, _compiler
@@ -42,6 +44,53 @@ def test_the_library_is_part_of_the_bundle(bundle: tuple[Path, dict[str, Any]]) 
     assert LIBRARY_FILE in {file.path for file in verify(folder)}
     config = json.loads((folder / "genai_config.json").read_text())
     assert config["model"]["decoder"]["session_options"]["custom_ops_library"] == LIBRARY_FILE
+
+
+def test_float16_caches_take_half_and_say_the_same(
+    bundle: tuple[Path, dict[str, Any]], checkpoint: Path, tmp_path: Path
+) -> None:
+    options = (
+        "--ratio",
+        "0.4",
+        "--profile",
+        str(checkpoint.parent / "profile"),
+        "--json",
+        "--out",
+        str(tmp_path / "o"),
+    )
+    half = ("--format", "onnx", "--native", "--cache-dtype", "float16")
+    done = json.loads(call("export", "--model", str(checkpoint), *half, *options).stdout)
+    assert done["verified"]["agreement"] > 0.9
+    found, texts = [], []
+    for folder in (bundle[0], tmp_path / "o"):
+        _, slots = settings_of(folder)
+        conversation = Session(folder, threads=1, library=library_of(folder)).start(150, slots)
+        tokens = list(conversation.greedy(list(range(1, 90)), 40, set()))
+        found.append(conversation.bytes)
+        texts.append(tokens)
+        model = onnxruntime_genai.Model(str(folder))
+        parameters = onnxruntime_genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=150, min_length=150, do_sample=False)
+        generator = onnxruntime_genai.Generator(model, parameters)
+        generator.append_tokens(np.arange(1, 90, dtype=np.int32))
+        for token in tokens:
+            generator.generate_next_token()
+            assert generator.get_next_tokens()[0] == token or token == 96  # it may not end here
+    assert {name: 2 * size for name, size in found[1].items()} == found[0]
+    assert np.mean(np.array(texts[0]) == np.array(texts[1])) > 0.8
+
+
+def test_float16_caches_without_operators_in_c_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    options = (
+        "--profile",
+        str(checkpoint.parent / "profile"),
+        "--cache-dtype",
+        "float16",
+        "--out",
+        str(tmp_path / "o"),
+    )
+    done = call("export", "--model", str(checkpoint), "--format", "onnx", *options, code=1)
+    assert "add --native" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("brings", [True, False])

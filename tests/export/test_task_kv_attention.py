@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from tests.export.operators import DIM, assert_equal, floats, one_node, oracle_of, rotary, runtime_of
+from tests.export.operators import DIM, assert_equal, one_node, oracle_of, results, rotary, runtime_of
 from tests.export.test_full_kv_attention import feeds_of as full_feeds_of
 from thinkkv.export.onnx.cursor import TASK_KV_OUTPUTS, task_kv_cursor_node
 from thinkkv.export.onnx.domain import HeadGroup, Overload
@@ -79,11 +79,11 @@ def forms_of(
 ) -> Callable[[dict[str, Any]], list[Any]]:
     """Runs the operator plain and packed, by its definitions or by the ``library``."""
     names, packed_names = list(feeds), ["" if name in ("key", "value") else name for name in feeds]
-    outputs = OUTPUTS + FULL_OUTPUTS * (full is not None)
+    outputs = results(OUTPUTS + FULL_OUTPUTS * (full is not None), feeds["past_key"].dtype)
     node = task_kv_node("attention", names, outputs, heads=heads, slots=slots, full=full)
-    plain = runtime_of(one_node(node, feeds, floats(outputs)), library)
+    plain = runtime_of(one_node(node, feeds, outputs), library)
     node = task_kv_node("attention", packed_names, outputs, heads=heads, slots=slots, full=full, packed=True)
-    packed = runtime_of(one_node(node, packed_feeds(feeds), floats(outputs)), library)
+    packed = runtime_of(one_node(node, packed_feeds(feeds), outputs), library)
 
     def run(feeds: dict[str, Any]) -> list[Any]:
         if library:  # as its StepCursor has it
@@ -99,17 +99,19 @@ def packed_feeds(feeds: dict[str, Any]) -> dict[str, Any]:
     return {name: array for name, array in feeds.items() if name not in ("key", "value")} | {"query": states}
 
 
-def compare(heads: HeadGroup, slots: Slots, turns: list[int], seed: int, library: Path | None = None) -> None:
+def compare(
+    heads: HeadGroup, slots: Slots, turns: list[int], seed: int, library: Path | None = None, cache: Any = np.float32
+) -> None:
     """Turn by turn against the reference."""
     draw = np.random.default_rng(seed)
-    past_key = past_value = poisoned(np.zeros((1, heads.kv_heads, slots.capacity, DIM), np.float32), 0)
+    past_key = past_value = poisoned(np.zeros((1, heads.kv_heads, slots.capacity, DIM), cache), 0)
     past, oracle, forms = 0, None, None
     for new in turns:
         feeds = step(draw, heads, slots, past, new) | {"past_key": past_key, "past_value": past_value} | rotary(800)
         feeds = {name: feeds[name] for name in INPUTS}
         if oracle is None:
             node = task_kv_node("attention", INPUTS, OUTPUTS, heads=heads, slots=slots)
-            oracle = oracle_of(one_node(node, feeds, floats(OUTPUTS)))
+            oracle = oracle_of(one_node(node, feeds, results(OUTPUTS, cache)))
             forms = forms_of(heads, slots, feeds, library=library)
         used = int(feeds["slots_in_use"][0])
         expected = oracle.run(None, feeds)
@@ -128,6 +130,12 @@ def test_the_definition_equals_the_reference(group: str, turns: str) -> None:
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_step_in_c_equals_the_reference(group: str, turns: str, library: Path) -> None:
     compare(GROUPS[group], SLOTS, TURNS[turns], 7, library)
+
+
+@pytest.mark.parametrize("turns", TURNS)
+def test_float16_caches_equal_the_reference(turns: str, library: Path) -> None:
+    compare(GROUPS["gqa"], SLOTS, TURNS[turns], 7, cache=np.float16)
+    compare(GROUPS["gqa"], SLOTS, TURNS[turns], 7, library, cache=np.float16)
 
 
 @settings(max_examples=40, deadline=None)
@@ -163,9 +171,9 @@ def test_with_full_heads_it_is_both_operators(past: int, new: int, by_products: 
     feeds = {name: feeds[name] for name in inputs_of(Overload(with_full=True))}
 
     node = task_kv_node("attention", INPUTS, OUTPUTS, heads=heads, slots=SLOTS)
-    others = oracle_of(one_node(node, bounded, floats(OUTPUTS))).run(None, bounded)
+    others = oracle_of(one_node(node, bounded, results(OUTPUTS))).run(None, bounded)
     node = full_kv_node("attention", FULL_KV_INPUTS, OUTPUTS, heads=full)
-    firsts = oracle_of(one_node(node, whole, floats(OUTPUTS))).run(None, whole)
+    firsts = oracle_of(one_node(node, whole, results(OUTPUTS))).run(None, whole)
     expected = [np.concatenate([firsts[0], others[0]], axis=-1), *others[1:], *firsts[1:]]
     for from_c in (None, library):
         for found in forms_of(heads, SLOTS, feeds, full, from_c)(feeds):
@@ -200,7 +208,7 @@ def test_slots_in_use_follow_from_appending_and_dropping(slots: Slots) -> None:
 def test_the_definitions_are_valid() -> None:
     feeds = step(np.random.default_rng(0), GROUPS["gqa"], SLOTS, 0, 1) | rotary(9)
     feeds |= dict.fromkeys(("past_key", "past_value"), np.zeros((1, 2, SLOTS.capacity, DIM), np.float32))
-    model = one_node(task_kv_node("a", INPUTS, OUTPUTS, heads=GROUPS["gqa"], slots=SLOTS), feeds, floats(OUTPUTS))
+    model = one_node(task_kv_node("a", INPUTS, OUTPUTS, heads=GROUPS["gqa"], slots=SLOTS), feeds, results(OUTPUTS))
     for output in model.graph.output:
         output.type.tensor_type.shape.SetInParent()  # the checker wants one
     onnx.checker.check_model(model)
