@@ -20,7 +20,15 @@ OUTPUTS = ("output", "present_key", "present_value")
 
 
 def feeds_of(
-    heads: HeadGroup, past: int, new: int, length: int, *, by_products: bool, seed: int, blocks: int = 1
+    heads: HeadGroup,
+    past: int,
+    new: int,
+    length: int,
+    *,
+    by_products: bool,
+    seed: int,
+    blocks: int = 1,
+    cache_dtype: Any = np.float32,
 ) -> dict[str, Any]:
     draw, total = np.random.default_rng(seed), past + new
 
@@ -28,7 +36,7 @@ def feeds_of(
         return draw.standard_normal((1, new, count * heads.head_dim), dtype=np.float32)
 
     # What was never written is large, but finite as a runtime's buffers are: a weight of nothing leaves nothing of it.
-    cache = np.full((2, 1, heads.kv_heads, length, DIM), 1e6, np.float32)
+    cache = np.full((2, 1, heads.kv_heads, length, DIM), 6e4, cache_dtype)
     cache[..., :past, :] = draw.standard_normal(cache[..., :past, :].shape)
     feeds = {
         "query": 3 * states(heads.query_heads),
@@ -48,7 +56,8 @@ def feeds_of(
 
 
 def compare(heads: HeadGroup, feeds: dict[str, Any], library: Path | None = None) -> None:
-    model = one_node(full_kv_node("attention", INPUTS, OUTPUTS, heads=heads), feeds, results(OUTPUTS))
+    outputs = results(OUTPUTS, feeds["past_key"].dtype)
+    model = one_node(full_kv_node("attention", INPUTS, OUTPUTS, heads=heads), feeds, outputs)
     total = int(feeds["total_sequence_length"])
     assert_equal(runtime_of(model, library).run(None, feeds), oracle_of(model).run(None, feeds), [total])
 
@@ -68,6 +77,14 @@ def test_single_tokens_equal_the_reference(
     heads = HeadGroup(kv_heads * group, kv_heads, DIM, 0.3)
     length = -(-(past + 1 + spare) // blocks) * blocks
     feeds = feeds_of(heads, past, 1, length, by_products=True, seed=seed, blocks=blocks)
+    compare(heads, feeds)
+    compare(heads, feeds, library)
+
+
+@pytest.mark.parametrize(("past", "new", "by_products"), [(0, 9, False), (20, 1, False), (20, 1, True), (20, 7, False)])
+def test_float16_caches_equal_the_reference(past: int, new: int, by_products: bool, library: Path) -> None:
+    heads = HeadGroup(6, 2, DIM, 0.3)
+    feeds = feeds_of(heads, past, new, 40, by_products=by_products, seed=1, blocks=5, cache_dtype=np.float16)
     compare(heads, feeds)
     compare(heads, feeds, library)
 

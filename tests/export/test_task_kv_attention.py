@@ -154,13 +154,16 @@ def test_any_slots_and_turns(slots: Slots, turns: list[int], seed: int, library:
     [(past, 1, by) for past in (9, 40, 41, 42, 43) for by in (False, True)]
     + [(0, 30, False), (40, 30, False), (0, 5, False)],
 )
-def test_with_full_heads_it_is_both_operators(past: int, new: int, by_products: bool, library: Path) -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_with_full_heads_it_is_both_operators(
+    past: int, new: int, by_products: bool, dtype: Any, library: Path
+) -> None:
     heads, full = GROUPS["gqa"], HeadGroup(3, 1, DIM, DIM**-0.5)
     draw = np.random.default_rng(3)
-    cache = draw.standard_normal((2, 1, heads.kv_heads, SLOTS.capacity, DIM), dtype=np.float32)
+    cache = draw.standard_normal((2, 1, heads.kv_heads, SLOTS.capacity, DIM)).astype(dtype)
     bounded = step(draw, heads, SLOTS, past, new) | {"past_key": cache[0], "past_value": cache[1]} | rotary(90)
     bounded = {name: bounded[name] for name in INPUTS}
-    whole = full_feeds_of(full, past, new, 90, by_products=by_products, seed=5, blocks=6)
+    whole = full_feeds_of(full, past, new, 90, by_products=by_products, seed=5, blocks=6, cache_dtype=dtype)
     states = {name: np.concatenate([whole[name], bounded[name]], axis=-1) for name in ("query", "key", "value")}
     flags = {
         "steps": bounded["steps"] & (not by_products),
@@ -171,9 +174,9 @@ def test_with_full_heads_it_is_both_operators(past: int, new: int, by_products: 
     feeds = {name: feeds[name] for name in inputs_of(Overload(with_full=True))}
 
     node = task_kv_node("attention", INPUTS, OUTPUTS, heads=heads, slots=SLOTS)
-    others = oracle_of(one_node(node, bounded, results(OUTPUTS))).run(None, bounded)
+    others = oracle_of(one_node(node, bounded, results(OUTPUTS, dtype))).run(None, bounded)
     node = full_kv_node("attention", FULL_KV_INPUTS, OUTPUTS, heads=full)
-    firsts = oracle_of(one_node(node, whole, results(OUTPUTS))).run(None, whole)
+    firsts = oracle_of(one_node(node, whole, results(OUTPUTS, dtype))).run(None, whole)
     expected = [np.concatenate([firsts[0], others[0]], axis=-1), *others[1:], *firsts[1:]]
     for from_c in (None, library):
         for found in forms_of(heads, SLOTS, feeds, full, from_c)(feeds):
