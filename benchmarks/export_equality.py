@@ -4,10 +4,9 @@
     python benchmarks/export_equality.py --quick        # a look, below 3 minutes
 
 A float32 ONNX bundle must give the greedy tokens of the PyTorch path with the same profile and keep rule, by its own
-definitions and with operators in C (``native``). Quantized
-weights cannot: for them the rows say how often they predict the same token when fed the same text, and the perplexity.
-A float16 GGUF file in llama.cpp must give the text of the dense PyTorch model with the same rounded weights; close
-calls may fall otherwise, as other sums round.
+definitions and with operators in C (``native``). Quantized weights cannot: for them the rows say how often they
+predict the same token when fed the same text, and the perplexity. A float16 GGUF file in llama.cpp must give the text
+of the dense PyTorch model with the same rounded weights; close calls may fall otherwise, as other sums round.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from environment import save
 from export_runtimes import BUNDLES
 
 from thinkkv.export.onnx.builder import EXTRA_OPTIONS
-from thinkkv.export.onnx.slots import MOST_BLOCKS
+from thinkkv.export.onnx.slots import in_blocks
 
 SETTINGS = (*BUNDLES, "llama.cpp-q4_0", "torch-ours", "torch-stock")
 GOALS = {128: 0.95, 600: 0.95, 2048: 1.2, 7900: 2.4}
@@ -52,8 +52,7 @@ class Worker:
 
     def __init__(self, arguments: argparse.Namespace, folder: Path, setting: str, threads: int, context: int) -> None:
         script = Path(__file__).with_name("export_runtimes.py")
-        longest = -(-(context + arguments.rounds * arguments.new + 2) // MOST_BLOCKS) * MOST_BLOCKS
-        room = longest - context
+        room = in_blocks(context + arguments.rounds * arguments.new + 2) - context
         command = [sys.executable, script, folder, setting, "--threads", threads, "--context", context, "--room", room]
         command += ["--filled"] if context >= arguments.filled else []
         self._process = subprocess.Popen(

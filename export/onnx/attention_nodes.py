@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from thinkkv.export.onnx import names
 from thinkkv.export.onnx.cursor import TASK_KV_OUTPUTS
-from thinkkv.export.onnx.domain import HeadGroup, Overload
+from thinkkv.export.onnx.domain import HeadGroup
 from thinkkv.export.onnx.full_kv_attention import INPUTS as FULL_KV_INPUTS
 from thinkkv.export.onnx.full_kv_attention import full_kv_node
 from thinkkv.export.onnx.slots import Slots
@@ -123,7 +123,6 @@ class AttentionWriter:
 
     Attributes:
         inputs, outputs: by the number of a cache, its keys and values.
-        overloads: ways in which the graph uses TaskKVAttention.
     """
 
     def __init__(
@@ -134,7 +133,6 @@ class AttentionWriter:
         self._type = cache_type or first.type.tensor_type.elem_type
         self.inputs: dict[int, list[onnx.ValueInfoProto]] = {}
         self.outputs: dict[int, list[onnx.ValueInfoProto]] = {}
-        self.overloads: set[Overload] = set()
 
     def replace(self, node: onnx.NodeProto, layers: Sequence[LayerClasses]) -> list[onnx.NodeProto]:
         """The nodes that take one attention node's place.
@@ -211,8 +209,6 @@ class AttentionWriter:
             full_past, full_present = self._full_cache(stock)
             inputs += [*full_past, *stock.lengths, *map(names.cursor, FULL_KV_FLAGS)]
             outputs += full_present
-        overload = Overload(packed=not states[1], with_full=with_full)
-        self.overloads.add(overload)
         return task_kv_node(
             stock.name,
             inputs,
@@ -220,7 +216,6 @@ class AttentionWriter:
             heads=stock.group(stock.others),
             slots=slots,
             full=stock.group(stock.layer.full) if with_full else None,
-            packed=overload.packed,
         )
 
     def _full_cache(self, stock: Stock) -> tuple[list[str], list[str]]:

@@ -31,6 +31,10 @@ class Overload:
         return "_".join(name for name, used in vars(self).items() if used)
 
 
+OVERLOADS = tuple(Overload(packed, with_full) for packed in (False, True) for with_full in (False, True))
+"""Of TaskKVAttention."""
+
+
 @dataclass(frozen=True)
 class HeadGroup:
     """Heads of one layer that are cached alike.

@@ -58,3 +58,8 @@ def bounded_states(overload: Overload) -> str:
     """Names of the bounded heads' queries, keys and values, once taken ``apart``."""
     prefix = "bounded_" if overload.with_full or overload.packed else ""
     return ", ".join(f"{prefix}{kind}" for kind in ("query", "key", "value"))
+
+
+def attended_states(overload: Overload) -> str:
+    """The same as ``GroupQueryAttention`` takes them: it takes packed states of one group as they come."""
+    return "query, , " if overload == Overload(packed=True) else bounded_states(overload)

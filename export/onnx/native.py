@@ -15,12 +15,12 @@ LIBRARY_FILE = "libthinkkv.so"
 
 def check_native(layers: Sequence[LayerClasses]) -> None:
     """Raise ExportError unless the operators in C serve these layers."""
-    from thinkkv.kernels.task_kv_step import takes
+    from thinkkv.kernels.decode_sizes import serves
 
     if all(layer.full == layer.kv_heads for layer in layers):
         raise ExportError("native operators serve bounded caches, and here every head keeps everything - drop --native")
     for layer in layers:
-        if not takes(layer.query_heads // layer.kv_heads, layer.head_dim):
+        if not serves(layer.query_heads // layer.kv_heads, layer.head_dim):
             raise ExportError(
                 f"native operators do not serve {layer.query_heads} query heads for {layer.kv_heads} KV heads of "
                 f"{layer.head_dim} dimensions - drop --native"

@@ -25,9 +25,10 @@ from thinkkv.export.onnx.cursor import (
     task_kv_cursor,
     task_kv_cursor_node,
 )
-from thinkkv.export.onnx.domain import DOMAIN, OPSETS, VERSION, Overload
+from thinkkv.export.onnx.domain import DOMAIN, OPSETS, OVERLOADS, VERSION, Overload
 from thinkkv.export.onnx.full_kv_attention import full_kv_attention
 from thinkkv.export.onnx.slots import Slots
+from thinkkv.export.onnx.task_kv_attention import NAME as TASK_KV_ATTENTION
 from thinkkv.export.onnx.task_kv_attention import task_kv_attention
 from thinkkv.export.onnx.task_kv_step import task_kv_step
 from thinkkv.patches.errors import ExportError
@@ -77,7 +78,7 @@ def rewrite(
             nodes.append(node)
     if slots is not None:
         has_full = on_cpu and any(layer.full for layer in layers)
-        model.functions.extend(_definitions(writer.overloads, has_full))
+        model.functions.extend(_definitions(nodes, has_full))
         read = {value for node in nodes for value in node.input}
         nodes = [*_cursors(slots, has_full, read), *nodes]
     del graph.node[:]
@@ -89,9 +90,10 @@ def rewrite(
     return caches
 
 
-def _definitions(overloads: Iterable[Overload], has_full: bool) -> list[onnx.FunctionProto]:
-    """The operators that a graph uses."""
-    used = sorted({Overload(), *overloads}, key=lambda overload: overload.name)
+def _definitions(nodes: Iterable[onnx.NodeProto], has_full: bool) -> list[onnx.FunctionProto]:
+    """The operators that a graph of these nodes uses."""
+    names_used = {Overload().name, *(node.overload for node in nodes if node.op_type == TASK_KV_ATTENTION)}
+    used = [overload for overload in OVERLOADS if overload.name in names_used]
     functions = [task_kv_cursor(), step_cursor(), *map(task_kv_attention, used), *map(task_kv_step, used)]
     if has_full:
         functions += [full_kv_cursor(), full_kv_attention(), task_kv_step(Overload(all_full=True))]

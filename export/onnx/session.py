@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from thinkkv.export.onnx.slots import MOST_BLOCKS, Slots
+from thinkkv.export.onnx.slots import Slots, in_blocks
 from thinkkv.patches.errors import ExportError, UnsupportedGenerationError
 from thinkkv.sdk.extras import require
 
@@ -78,11 +78,10 @@ class Conversation:
         self._binding = session.io_binding()
         self._binding.bind_output("logits")
         self._buffers: list[tuple[Any, bool]] = []
-        whole = -(-max_length // MOST_BLOCKS) * MOST_BLOCKS  # so that it is read in as many blocks as can be
         for value in caches:
             _, heads, length, dim = value.shape
             bounded = length == "slots"
-            shape = (1, heads, min(slots.capacity, max_length) if bounded and slots else whole, dim)
+            shape = (1, heads, min(slots.capacity, max_length) if bounded and slots else in_blocks(max_length), dim)
             dtype = np.float16 if value.type == "tensor(float16)" else np.float32
             # Zeros: a full cache is read beyond the tokens that it holds, with a weight of nothing.
             buffer = runtime.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))

@@ -79,3 +79,8 @@ class Slots:
         recent = min(options["recent"], block.kept - sinks - stride)
         middle = block.kept - sinks - recent - stride + 1
         return cls(sinks, middle, recent, window, options["pooling"], stride)
+
+
+def in_blocks(length: int) -> int:
+    """Tokens for which to make full caches, so many at least, so that they are read in as many blocks as can be."""
+    return -(-length // MOST_BLOCKS) * MOST_BLOCKS

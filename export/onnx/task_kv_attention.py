@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from functools import cache
 
 import onnx
-import onnx.parser
 
 from thinkkv.export.onnx import task_kv_step as step
 from thinkkv.export.onnx.cursor import FULL_KV_OUTPUTS, TASK_KV_OUTPUTS
+from thinkkv.export.onnx.definition import definition
 from thinkkv.export.onnx.domain import DOMAIN, HeadGroup, Overload
 from thinkkv.export.onnx.full_kv_attention import INPUTS as FULL_KV_INPUTS
 from thinkkv.export.onnx.full_kv_attention import products
@@ -239,26 +239,25 @@ def inputs_of(overload: Overload) -> tuple[str, ...]:
 def task_kv_attention(overload: Overload) -> onnx.FunctionProto:
     """The operator's definition for one way of using it."""
     states = bounded_states(overload)
-    as_they_come = "query, , " if overload == Overload(packed=True) else states
-    parts = {
-        "ATTRIBUTES": ", ".join((*step.ATTRIBUTES, "observation_window", "pooling")),
-        "INPUTS": ", ".join(inputs_of(overload)),
-        "STEP": step.call(overload),
-        "APPEND": step.append(as_they_come, ("a_output", "a_key", "a_value")),
-        "APART": apart(overload),
-        "SHIFT": _SHIFT,
-        "COMPACT": _COMPACT,
-        "PRODUCTS": products("full_"),
-        "STATES": states,
-        "REST": ", ".join(INPUTS[3:]),
-        "FULL_CURSOR": ", ".join(FULL_KV_INPUTS[5:]),
-    } | dict(zip(("QUERY", "KEY", "VALUE"), states.split(", "), strict=True))
-    text = _WITH_FULL_TEXT if overload.with_full else _TEXT
-    for name, part in parts.items():
-        text = text.replace(f"%{name}%", part)
-    function = onnx.parser.parse_function(text)
-    function.overload = overload.name
-    return function
+    query, key, value = states.split(", ")
+    return definition(
+        _WITH_FULL_TEXT if overload.with_full else _TEXT,
+        overload,
+        ATTRIBUTES=", ".join((*step.ATTRIBUTES, "observation_window", "pooling")),
+        INPUTS=", ".join(inputs_of(overload)),
+        STEP=step.call(overload),
+        APPEND=step.append(overload, ("a_output", "a_key", "a_value")),
+        APART=apart(overload),
+        SHIFT=_SHIFT,
+        COMPACT=_COMPACT,
+        PRODUCTS=products("full_"),
+        STATES=states,
+        QUERY=query,
+        KEY=key,
+        VALUE=value,
+        REST=", ".join(INPUTS[3:]),
+        FULL_CURSOR=", ".join(FULL_KV_INPUTS[5:]),
+    )
 
 
 def task_kv_node(
@@ -269,17 +268,15 @@ def task_kv_node(
     heads: HeadGroup,
     slots: Slots,
     full: HeadGroup | None = None,
-    packed: bool = False,
 ) -> onnx.NodeProto:
     """One use of the operator.
 
     Args:
         name: of the node.
-        inputs, outputs: value names, in the operator's order.
+        inputs, outputs: value names, in the operator's order; keys and values are empty where states are packed.
         heads: the heads with a bounded cache.
         slots: what they keep.
         full: the layer's full heads, if it has any.
-        packed: queries, keys and values come in one tensor.
     """
     node = onnx.helper.make_node(
         NAME,
@@ -296,5 +293,5 @@ def task_kv_node(
         observation_window=slots.observation_window,
         pooling=[slots.pooling],
     )
-    node.overload = Overload(packed, full is not None).name
+    node.overload = Overload(packed=not inputs[1], with_full=full is not None).name
     return node

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from functools import cache
 
 import onnx
-import onnx.parser
 
+from thinkkv.export.onnx.definition import definition
 from thinkkv.export.onnx.domain import Overload
 from thinkkv.export.onnx.full_kv_attention import products
-from thinkkv.export.onnx.head_groups import apart, bounded_states
+from thinkkv.export.onnx.head_groups import apart, attended_states
 
 NAME = "TaskKVStep"
 INPUTS = (
@@ -65,9 +65,9 @@ def outputs_of(overload: Overload) -> tuple[str, ...]:
     return OUTPUTS + FULL_OUTPUTS * overload.with_full
 
 
-def append(states: str, outputs: Sequence[str]) -> str:
+def append(overload: Overload, outputs: Sequence[str]) -> str:
     """What bounded heads do while new tokens fit behind the old ones: as with a full cache, written in place."""
-    return _APPEND.replace("%STATES%", states).replace("%OUTPUTS%", ", ".join(outputs))
+    return _APPEND.replace("%STATES%", attended_states(overload)).replace("%OUTPUTS%", ", ".join(outputs))
 
 
 def call(overload: Overload) -> str:
@@ -81,22 +81,18 @@ def call(overload: Overload) -> str:
 @cache
 def task_kv_step(overload: Overload) -> onnx.FunctionProto:
     """The operator's definition for one way of using it."""
+    outputs = outputs_of(overload)
     if overload.all_full:
-        body = products("")
+        body, outputs = products(""), ("p_output", "p_key", "p_value")
     elif overload.with_full:
-        body = apart(overload) + append(bounded_states(overload), ("bounded_output", *OUTPUTS[1:])) + _FULL
+        body = apart(overload) + append(overload, ("bounded_output", *OUTPUTS[1:])) + _FULL
     else:
-        body = append("query, , " if overload.packed else "query, key, value", OUTPUTS)
-    outputs = ("p_output", "p_key", "p_value") if overload.all_full else outputs_of(overload)
-    parts = {
-        "ATTRIBUTES": ", ".join(ATTRIBUTES),
-        "INPUTS": ", ".join(inputs_of(overload)),
-        "OUTPUTS": ", ".join(outputs),
-        "BODY": body,
-    }
-    text = _TEXT
-    for name, part in parts.items():
-        text = text.replace(f"%{name}%", part)
-    function = onnx.parser.parse_function(text)
-    function.overload = overload.name
-    return function
+        body = append(overload, OUTPUTS)
+    return definition(
+        _TEXT,
+        overload,
+        ATTRIBUTES=", ".join(ATTRIBUTES),
+        INPUTS=", ".join(inputs_of(overload)),
+        OUTPUTS=", ".join(outputs),
+        BODY=body,
+    )

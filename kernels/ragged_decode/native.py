@@ -13,8 +13,8 @@ import torch
 
 from thinkkv.kernels.c_library import load
 from thinkkv.kernels.c_types import TYPES
+from thinkkv.kernels.decode_sizes import serves
 
-LANES, MAX_GROUP, MAX_DIM = 8, 16, 256
 STORED_TYPES = TYPES | {torch.int8: 3}
 
 _kernel = load(Path(__file__).with_suffix(".c")).ragged_decode
@@ -25,7 +25,7 @@ _kernel.restype = ctypes.c_int
 def takes(query: torch.Tensor) -> bool:
     """Whether the kernel is made for such a query, [R, G, Q, D]: one token, and the dtypes and sizes that it knows."""
     _, group, new, dim = query.shape
-    return new == 1 and group <= MAX_GROUP and dim <= MAX_DIM and dim % LANES == 0 and query.dtype in TYPES
+    return new == 1 and serves(group, dim) and query.dtype in TYPES
 
 
 def ragged_decode(

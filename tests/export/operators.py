@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from thinkkv.export.onnx.cursor import full_kv_cursor, step_cursor, task_kv_cursor
-from thinkkv.export.onnx.domain import DOMAIN, OPSETS, VERSION, Overload
+from thinkkv.export.onnx.domain import DOMAIN, OPSETS, OVERLOADS, VERSION, Overload
 from thinkkv.export.onnx.full_kv_attention import full_kv_attention
 from thinkkv.export.onnx.reference import FullKVAttention, TaskKVAttention
 from thinkkv.export.onnx.task_kv_attention import task_kv_attention
@@ -21,8 +21,6 @@ from thinkkv.export.onnx.task_kv_step import task_kv_step
 
 DIM = 16
 Feeds = Mapping[str, Any]
-
-OVERLOADS = [Overload(packed, with_full) for packed in (False, True) for with_full in (False, True)]
 
 
 def rotary(length: int) -> dict[str, Any]:

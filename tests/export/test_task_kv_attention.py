@@ -82,7 +82,7 @@ def forms_of(
     outputs = results(OUTPUTS + FULL_OUTPUTS * (full is not None), feeds["past_key"].dtype)
     node = task_kv_node("attention", names, outputs, heads=heads, slots=slots, full=full)
     plain = runtime_of(one_node(node, feeds, outputs), library)
-    node = task_kv_node("attention", packed_names, outputs, heads=heads, slots=slots, full=full, packed=True)
+    node = task_kv_node("attention", packed_names, outputs, heads=heads, slots=slots, full=full)
     packed = runtime_of(one_node(node, packed_feeds(feeds), outputs), library)
 
     def run(feeds: dict[str, Any]) -> list[Any]:
