@@ -1,6 +1,7 @@
 """The kernel in C for CPUs (``native.c``): a linear layer of few rows at the speed of memory.
 
 torch's CPU libraries multiply a single row and a matrix on one thread, or far below the speed of memory on several.
+More rows are torch's, or ``widened`` where torch takes them slowly.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 from thinkkv.kernels.c_library import load
 from thinkkv.kernels.c_types import TYPES
-from thinkkv.kernels.linear import reference
+from thinkkv.kernels.linear import reference, widened
 
 MAX_ROWS = 8
 """With more, torch's matrix products are as fast."""
@@ -23,11 +24,14 @@ _kernel.restype = ctypes.c_int
 
 
 def takes(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether the kernel is made for such arguments: few rows of plain tensors in memory, no gradient, no autocast."""
-    rows = inputs.numel() // max(1, weight.shape[1])
+    """Whether the kernel is made for such arguments: few rows, and what ``is_plain``."""
+    return 0 < _rows(inputs, weight) <= MAX_ROWS and is_plain(inputs, weight, bias)
+
+
+def is_plain(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether these are plain tensors of one dtype in memory, without gradient and autocast."""
     return (
-        0 < rows <= MAX_ROWS
-        and inputs.dtype == weight.dtype
+        inputs.dtype == weight.dtype
         and inputs.dtype in TYPES
         and inputs.device.type == weight.device.type == "cpu"
         and type(inputs) is torch.Tensor  # a subclass may have no memory of its own, or in another form
@@ -37,6 +41,10 @@ def takes(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
         and not (torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _rows(inputs: torch.Tensor, weight: torch.Tensor) -> int:
+    return inputs.numel() // max(1, weight.shape[1])
 
 
 def product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -71,9 +79,11 @@ operator = torch.ops.thinkkv.linear.default
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """As the reference, by the kernel where it ``takes`` the arguments."""
+    """As the reference, by the kernel where it ``takes`` the arguments; more rows in float32 where that pays."""
     if not takes(inputs, weight, bias):
-        return reference.linear(inputs, weight, bias)
+        many = _rows(inputs, weight) > MAX_ROWS and not torch.compiler.is_compiling()
+        widen = many and widened.pays_for(weight.dtype) and is_plain(inputs, weight, bias)
+        return (widened.product if widen else reference.linear)(inputs, weight, bias)
     if not torch.compiler.is_compiling():
         return product(inputs, weight, bias)
     if inputs.numel() == weight.shape[1]:  # a single row becomes a loop, fused with its neighbours: sdk/compiled.py
