@@ -152,8 +152,10 @@ INLINE void accumulate_pairs(float *sums, float (*weights)[TILE], const char *va
 #endif
 
 INLINE void accumulate_lanes(float *sums, float (*weights)[TILE], const char *values, int count, int64_t dim, int heads,
-                             enum type type) {
+                             enum type type, const char *soon, int64_t bytes) {
+    int64_t step = bytes * LANES / dim;
     for (int64_t d = 0; d < dim; d += LANES) {
+        prefetch(soon + d / LANES * step, step);
         vec sum[BLOCK];
         for (int h = 0; h < heads; h++) sum[h] = load((const char *)sums, h * dim + d, FLOAT32);
         for (int t = 0; t < count; t++) {
@@ -164,14 +166,17 @@ INLINE void accumulate_lanes(float *sums, float (*weights)[TILE], const char *va
     }
 }
 
-/* sums[h] += weights[h] times `count` values, CHUNK at most. */
+/* sums[h] += weights[h] times `count` values, CHUNK at most; so many bytes are asked for meanwhile. */
 INLINE void accumulate(float *sums, float (*weights)[TILE], const char *values, int count, int64_t dim, int heads,
-                       enum type type) {
+                       enum type type, const char *soon, int64_t bytes) {
 #ifdef PAIRS
-    if (type == BFLOAT16) accumulate_pairs(sums, weights, values, count, dim, heads);
-    else
+    if (type == BFLOAT16) {
+        prefetch(soon, bytes);
+        accumulate_pairs(sums, weights, values, count, dim, heads);
+        return;
+    }
 #endif
-        accumulate_lanes(sums, weights, values, count, dim, heads, type);
+    accumulate_lanes(sums, weights, values, count, dim, heads, type, soon, bytes);
 }
 
 /* `count` int8 entries, CHUNK at most, each times its own scale. */
@@ -207,24 +212,24 @@ INLINE void attend_tile(float *sums, float *maxima, float *totals, const char *q
                         enum type stored) {
     float scores[BLOCK][TILE], last[BLOCK][BLOCK], wide[stored == INT8 ? CHUNK * dim : 1];
     int64_t bytes = entry_bytes(dim, stored);
+    int64_t ahead = stored == INT8 ? 0 : (intptr_t)values - (intptr_t)keys; /* int8 keys are multiplied elsewhere */
     int t = 0, chunk = OPERAND(type) == FLOAT32 ? CHUNK / 2 : CHUNK;
     for (; t + BLOCK <= count; t += BLOCK) {
-        prefetch(values + t * bytes, BLOCK * bytes);
         const char *some = states_of(wide, keys + t * bytes, BLOCK, dim, stored);
-        products(scores[0] + t, TILE, query, heads, some, dim, dim, type);
+        if (!ahead) prefetch(values + t * bytes, BLOCK * bytes);
+        products(scores[0] + t, TILE, query, heads, some, dim, dim, type, ahead);
     }
     for (; t < count; t++) {
-        products(last[0], BLOCK, query, heads, states_of(wide, keys + t * bytes, 1, dim, stored), 0, dim, type);
+        products(last[0], BLOCK, query, heads, states_of(wide, keys + t * bytes, 1, dim, stored), 0, dim, type, 0);
         for (int h = 0; h < heads; h++) scores[h][t] = last[h][0];
     }
     for (int h = 0; h < heads; h++) weigh(scores[h], count, scale, maxima + h, totals + h, sums + h * dim, dim);
     for (t = 0; t + chunk <= count; t += chunk) {
-        prefetch(keys + (TILE + t) * bytes, chunk * bytes);
-        const char *some = states_of(wide, values + t * bytes, chunk, dim, stored);
-        accumulate(sums, (float(*)[TILE])(scores[0] + t), some, chunk, dim, heads, type);
+        const char *some = states_of(wide, values + t * bytes, chunk, dim, stored), *soon = keys + (TILE + t) * bytes;
+        accumulate(sums, (float(*)[TILE])(scores[0] + t), some, chunk, dim, heads, type, soon, chunk * bytes);
     }
     values = states_of(wide, values + t * bytes, count - t, dim, stored);
-    accumulate(sums, (float(*)[TILE])(scores[0] + t), values, count - t, dim, heads, type);
+    accumulate(sums, (float(*)[TILE])(scores[0] + t), values, count - t, dim, heads, type, values, 0);
 }
 
 INLINE void attend_part(const struct call *call, int64_t task, enum type type, enum type stored) {

@@ -121,6 +121,11 @@ INLINE vec sums_of(vec a, vec b, vec c, vec d) {
     return abcd + SHUFFLE(abcd, abcd, 4, 5, 6, 7, 0, 1, 2, 3);
 }
 
+/* Ask for memory that is used soon: the hardware's own prefetching starts anew with every tile and page. */
+INLINE void prefetch(const char *base, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + i, 0, 2);
+}
+
 #ifdef PAIRS
 /* 32 bfloat16 numbers, zeros from `left` numbers on. */
 INLINE __m512bh load_pairs(const char *base, int64_t left) {
@@ -130,30 +135,35 @@ INLINE __m512bh load_pairs(const char *base, int64_t left) {
 
 INLINE vec folded(__m512 x) { return (vec)_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 
-INLINE void sum_pairs(vec (*sum)[BLOCK], const char *left, int rows, const char *right, int64_t stride, int64_t size) {
+INLINE void sum_pairs(vec (*sum)[BLOCK], const char *left, int rows, const char *right, int64_t stride, int64_t size,
+                      int64_t ahead) {
     __m512 wide[BLOCK][BLOCK];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < BLOCK; c++) wide[r][c] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += PAIRS)
+    for (int64_t i = 0; i < size; i += PAIRS) {
+        if (ahead) prefetch(right + ahead + 2 * BLOCK * i, 2 * BLOCK * PAIRS);
         for (int c = 0; c < BLOCK; c++) {
             __m512bh x = load_pairs(right + 2 * (c * stride + i), size - i);
             for (int r = 0; r < rows; r++)
                 wide[r][c] = _mm512_dpbf16_ps(wide[r][c], load_pairs(left + 2 * (r * size + i), size - i), x);
         }
+    }
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < BLOCK; c++) sum[r][c] = folded(wide[r][c]);
 }
 #endif
 
 INLINE void sum_lanes(vec (*sum)[BLOCK], const char *left, int rows, const char *right, int64_t stride, int64_t size,
-                      enum type type) {
+                      enum type type, int64_t ahead) {
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < BLOCK; c++) sum[r][c] = (vec){0};
-    for (int64_t i = 0; i + LANES <= size; i += LANES)
+    for (int64_t i = 0; i + LANES <= size; i += LANES) {
+        if (ahead) prefetch(right + ahead + BLOCK * i * size_of(type), BLOCK * LANES * size_of(type));
         for (int c = 0; c < BLOCK; c++) {
             vec x = load(right, c * stride + i, type);
             for (int r = 0; r < rows; r++) sum[r][c] += x * load(left, r * size + i, FLOAT32);
         }
+    }
     for (int64_t i = size / LANES * LANES; i < size; i++)
         for (int c = 0; c < BLOCK; c++)
             for (int r = 0; r < rows; r++)
@@ -161,22 +171,18 @@ INLINE void sum_lanes(vec (*sum)[BLOCK], const char *left, int rows, const char 
 }
 
 /* out[r * width + c]: the product of vector r on the left, [rows, size] of OPERAND(type), with each of four on the
-   right, whose beginnings are `stride` numbers of `type` apart. Up to BLOCK rows. */
+   right, whose beginnings are `stride` numbers of `type` apart. Up to BLOCK rows. What lies `ahead` bytes behind the
+   four is asked for meanwhile, a little in each step: asked for at once, it would keep the products waiting. */
 INLINE void products(float *out, int64_t width, const char *left, int rows, const char *right, int64_t stride,
-                     int64_t size, enum type type) {
+                     int64_t size, enum type type, int64_t ahead) {
     vec sum[BLOCK][BLOCK];
 #ifdef PAIRS
-    if (type == BFLOAT16) sum_pairs(sum, left, rows, right, stride, size);
+    if (type == BFLOAT16) sum_pairs(sum, left, rows, right, stride, size, ahead);
     else
 #endif
-        sum_lanes(sum, left, rows, right, stride, size, type);
+        sum_lanes(sum, left, rows, right, stride, size, type, ahead);
     for (int r = 0; r < rows; r++) {
         vec sums = sums_of(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
         memcpy(out + r * width, &sums, BLOCK * sizeof(float));
     }
-}
-
-/* Ask for memory that is used soon: the hardware's own prefetching starts anew with every tile and page. */
-INLINE void prefetch(const char *base, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + i, 0, 2);
 }

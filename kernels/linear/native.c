@@ -8,7 +8,7 @@
 
 #include "../vectors.h"
 
-#define PAGE 4096 /* bytes that are worth asking for; in longer rows the hardware keeps up */
+#define AHEAD 8192 /* bytes from a weight to the one that is asked for meanwhile */
 
 struct call {
     char *out;
@@ -24,7 +24,7 @@ INLINE void multiply(const struct call *call, int64_t row, int rows, int64_t fir
     float sums[BLOCK][BLOCK];
     const char *input = call->input + row * call->in * size_of(OPERAND(type));
     const char *weight = call->weight + first * call->in * size_of(type);
-    products(sums[0], BLOCK, input, rows, weight, count < BLOCK ? 0 : call->in, call->in, type);
+    products(sums[0], BLOCK, input, rows, weight, count < BLOCK ? 0 : call->in, call->in, type, row ? 0 : AHEAD);
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < count; o++) {
             float bias = call->bias ? load_one(call->bias, first + o, type) : 0;
@@ -44,11 +44,7 @@ INLINE void multiply_rows(const struct call *call, int64_t first, int count, enu
 }
 
 INLINE void multiply_part(const struct call *call, int64_t first, int64_t end, enum type type) {
-    int64_t bytes = call->in * size_of(type), soon = bytes < PAGE ? bytes : PAGE;
-    for (; first + BLOCK <= end; first += BLOCK) {
-        for (int o = BLOCK; o < 2 * BLOCK; o++) prefetch(call->weight + (first + o) * bytes, soon);
-        multiply_rows(call, first, BLOCK, type);
-    }
+    for (; first + BLOCK <= end; first += BLOCK) multiply_rows(call, first, BLOCK, type);
     for (; first < end; first++) multiply_rows(call, first, 1, type);
 }
 
