@@ -30,7 +30,6 @@ from thinkkv.export.llama_cpp import LlamaCpp
 from thinkkv.export.onnx.session import Session
 from thinkkv.export.onnx.torch_path import greedy_tokens
 from thinkkv.export.onnx.write import slots_of, write_onnx
-from thinkkv.kernels import task_kv_step
 from thinkkv.sdk.budget import Budget
 from thinkkv.sdk.hidden_facts import builtin_prompts
 from thinkkv.sdk.policies import policy_named
@@ -62,9 +61,9 @@ def main() -> None:
     for quantize in arguments.quantize:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
             write_onnx(baked, Path(folder), quantize=quantize)
-            for library in (None, task_kv_step.library()):
-                session = Session(Path(folder), threads=torch.get_num_threads(), library=library)
-                setting = {"quantize": quantize, "native": library is not None}
+            for native in (False, True):
+                session = Session(Path(folder), threads=torch.get_num_threads(), native=native)
+                setting = {"quantize": quantize, "native": native}
                 for prompt, tokens in zip(prompts, expected, strict=True):
                     rows.append(_compare(baked, session, prompt, tokens) | setting)
                     print(rows[-1], flush=True)

@@ -37,7 +37,7 @@ from answers import RETRIEVAL
 from environment import save
 from export_runtimes import BUNDLES
 
-from thinkkv.export.onnx.builder import EXTRA_OPTIONS
+from thinkkv.export.onnx.options import EXTRA_OPTIONS
 from thinkkv.export.onnx.slots import in_blocks
 
 SETTINGS = (*BUNDLES, "llama.cpp-q4_0", "torch-ours", "torch-stock")
@@ -190,6 +190,7 @@ def _export(arguments: argparse.Namespace, model: Any, tokenizer: Any, profile: 
     from thinkkv.export.bake import bake
     from thinkkv.export.gguf import write_gguf
     from thinkkv.export.onnx.native import write_library
+    from thinkkv.export.onnx.options import OnnxOptions
     from thinkkv.export.onnx.write import write_onnx
     from thinkkv.export.safetensors import write_checkpoint
     from thinkkv.sdk.budget import Budget
@@ -205,7 +206,7 @@ def _export(arguments: argparse.Namespace, model: Any, tokenizer: Any, profile: 
     write_checkpoint(baked, folder / "checkpoint")
     write_onnx(baked, folder / "ours", quantize="int4")
     write_library(folder / "ours")
-    write_onnx(baked, folder / "ours-float16", quantize="int4", native=True, cache_dtype="float16")
+    write_onnx(baked, folder / "ours-float16", quantize="int4", options=OnnxOptions(native=True, cache_dtype="float16"))
     write_gguf(baked, folder / "model.gguf", quantize="int4")
     build_stock(folder / "checkpoint", folder / "stock")
     build_stock(folder / "checkpoint", folder / "stock-same-options", *EXTRA_OPTIONS)

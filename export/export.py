@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from thinkkv.export.bake import Baked
-from thinkkv.export.onnx.builder import CacheDtype, Provider, Quantize
+from thinkkv.export.onnx.builder import Quantize
+from thinkkv.export.onnx.options import OnnxOptions
 from thinkkv.export.staging import staged, write_json
 from thinkkv.export.verification import NOT_RUN, Verified, verify_checkpoint, verify_gguf, verify_onnx
 from thinkkv.patches.errors import ExportError
@@ -51,10 +51,7 @@ def export(
     *,
     format: Format,
     quantize: Quantize = "none",
-    provider: Provider = "cpu",
-    builder_options: Sequence[str] = (),
-    native: bool = False,
-    cache_dtype: CacheDtype | None = None,
+    onnx: OnnxOptions | None = None,
     force: bool = False,
     verify: bool = True,
 ) -> Exported:
@@ -65,10 +62,7 @@ def export(
         target: the folder to be.
         format: what to write.
         quantize: weight-only quantization of ONNX and GGUF.
-        provider: ONNX execution provider; only what is for the CPU can be verified here.
-        builder_options: further ``KEY=VALUE`` options of onnxruntime-genai's model builder.
-        native: an ONNX bundle with operators in C for this processor.
-        cache_dtype: of a native bundle's caches; None for the graph's float type.
+        onnx: further options of an ONNX bundle; only one for the CPU can be verified.
         force: replace an existing folder.
         verify: compare greedy tokens with PyTorch before the folder is put in place.
 
@@ -78,17 +72,11 @@ def export(
     """
     if format == "safetensors" and quantize != "none":
         raise ExportError("safetensors checkpoints are not quantized - drop --quantize, or use --format onnx or gguf")
-    if format != "onnx" and builder_options:
-        raise ExportError("builder options belong to ONNX - drop --builder-option, or use --format onnx")
-    if native and (format, provider) != ("onnx", "cpu"):
-        raise ExportError("native operators belong to ONNX on a CPU - drop --native, or use --format onnx")
-    if cache_dtype == "float16" and not native:
-        raise ExportError(
-            "stock ONNX Runtime would convert float16 caches whole in each step - add --native, or drop --cache-dtype"
-        )
+    onnx = onnx or OnnxOptions()
+    onnx.check_format(format)
     with staged(target, needs=_needed_bytes(baked, format), force=force) as folder:
-        verified = _write(baked, folder, format, quantize, provider, builder_options, native, cache_dtype, verify)
-        rounded = quantize != "none" or cache_dtype == "float16"
+        verified = _write(baked, folder, format, quantize, onnx, verify)
+        rounded = quantize != "none" or onnx.half
         if verified.greedy_tokens_equal is False and not rounded:
             raise ExportError(
                 f"the {format} export generates other tokens than {verified.against} - nothing was kept; please report "
@@ -97,17 +85,7 @@ def export(
     return Exported(format, target, read_manifest(target), verified)
 
 
-def _write(
-    baked: Baked,
-    folder: Path,
-    format: Format,
-    quantize: Quantize,
-    provider: Provider,
-    builder_options: Sequence[str],
-    native: bool,
-    cache_dtype: CacheDtype | None,
-    verify: bool,
-) -> Verified:
+def _write(baked: Baked, folder: Path, format: Format, quantize: Quantize, onnx: OnnxOptions, verify: bool) -> Verified:
     if format == "safetensors":
         from thinkkv.export.safetensors import write_checkpoint
 
@@ -121,16 +99,8 @@ def _write(
         return verify_gguf(baked, folder / GGUF_FILE) if verify else NOT_RUN
     from thinkkv.export.onnx.write import write_onnx
 
-    write_onnx(
-        baked,
-        folder,
-        quantize=quantize,
-        provider=provider,
-        builder_options=builder_options,
-        native=native,
-        cache_dtype=cache_dtype,
-    )
-    return verify_onnx(baked, folder, native=native) if verify and provider == "cpu" else NOT_RUN
+    write_onnx(baked, folder, quantize=quantize, options=onnx)
+    return verify_onnx(baked, folder, native=onnx.native) if verify and onnx.on_cpu else NOT_RUN
 
 
 def _needed_bytes(baked: Baked, format: Format) -> int:

@@ -69,14 +69,13 @@ def verify_checkpoint(baked: Baked, folder: Path) -> Verified:
 
 def verify_onnx(baked: Baked, folder: Path, *, native: bool = False) -> Verified:
     """The bundle in ONNX Runtime, with its own library if it is ``native``, against PyTorch with the same keep rule."""
-    from thinkkv.export.onnx.native import library_of
     from thinkkv.export.onnx.session import Session
     from thinkkv.export.onnx.torch_path import greedy_tokens
     from thinkkv.export.onnx.write import slots_of
 
     baked.model.float()  # as the graph computes
     slots, stop = slots_of(baked.block), _stop(baked)
-    session = Session(folder, library=library_of(folder) if native else None)
+    session = Session(folder, native=native)
     prompts = _prompts(baked, slots.capacity if slots else 0)
     expected = [greedy_tokens(baked.model, ids, NEW, slots, baked.block.layers, stop) for ids in prompts]
     found = [list(session.start(len(ids) + NEW, slots).greedy(ids, NEW, stop)) for ids in prompts]

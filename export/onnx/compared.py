@@ -71,5 +71,5 @@ def bundle(
         label=label,
         location=label,
     )
-    export(baked, target, format="onnx", quantize=quantize, provider="cpu", force=False, verify=False)
+    export(baked, target, format="onnx", quantize=quantize, verify=False)
     return target

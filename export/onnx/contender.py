@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from thinkkv.export.onnx.generate import settings_of
-from thinkkv.export.onnx.native import library_of
 from thinkkv.export.onnx.session import Conversation, Session
 from thinkkv.sdk.block import Block
 from thinkkv.sdk.manifest import verify
@@ -35,7 +34,7 @@ class OnnxContender(Contender):
         block = Block.read(folder)
         self.policy, self.ratio = name, block.ratio or 1.0
         _, self._slots = settings_of(folder)
-        self._session = Session(folder, threads=threads, library=library_of(folder) if native else None)
+        self._session = Session(folder, threads=threads, native=native)
         self._conversation: Conversation | None = None
         self._token = 0
 

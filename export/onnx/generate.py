@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkkv.export.onnx.native import library_of
 from thinkkv.export.onnx.session import Session, batch_refused
 from thinkkv.export.onnx.slots import Slots
 from thinkkv.export.onnx.tokenizer import BundleTokenizer
@@ -87,7 +86,7 @@ def generate_bundle(
         )
     eos = config["eos_token_id"]
     stop = {eos} if isinstance(eos, int) else set(eos)
-    session = Session(folder, threads=threads, library=library_of(folder) if native else None)
+    session = Session(folder, threads=threads, native=native)
     conversation = session.start(len(ids) + max_new_tokens, slots)
     tokens: list[int] = []
     shown = ""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from thinkkv.export.onnx.native import library_of
 from thinkkv.export.onnx.slots import Slots, in_blocks
 from thinkkv.patches.errors import ExportError, UnsupportedGenerationError
 from thinkkv.sdk.extras import require
@@ -21,13 +22,13 @@ class Session:
     Args:
         folder: with ``model.onnx``; verified by the caller.
         threads: of ONNX Runtime; None leaves the choice to it.
-        library: operators in C to use instead of the graph's definitions.
+        native: use operators in C instead of the graph's definitions: the bundle's own, or ones compiled here.
 
     Raises:
-        ExportError: ONNX Runtime cannot load the graph or the library.
+        ExportError: ONNX Runtime cannot load the graph or the operators, or they cannot be compiled here.
     """
 
-    def __init__(self, folder: Path, *, threads: int | None = None, library: Path | None = None) -> None:
+    def __init__(self, folder: Path, *, threads: int | None = None, native: bool = False) -> None:
         require(("onnxruntime",), extra="export", purpose="running a bundle")
         import onnxruntime
 
@@ -36,6 +37,7 @@ class Session:
         options.enable_mem_pattern = options.enable_cpu_mem_arena = False  # as genai_config.json has it: see write.py
         if threads is not None:
             options.intra_op_num_threads = threads
+        library = library_of(folder) if native else None
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from thinkkv.export.bake import Baked
-from thinkkv.export.onnx.builder import CacheDtype, Provider, Quantize, build_dense, check_installed
+from thinkkv.export.onnx.builder import Quantize, build_dense, check_installed
 from thinkkv.export.onnx.generate import GENAI_FILE
 from thinkkv.export.onnx.native import LIBRARY_FILE, check_native, write_library
+from thinkkv.export.onnx.options import OnnxOptions
 from thinkkv.export.onnx.session import GRAPH_FILE
 from thinkkv.export.onnx.slots import GENAI_SLACK, Slots
 from thinkkv.export.safetensors import write_checkpoint
@@ -20,51 +20,32 @@ from thinkkv.patches.errors import ExportError
 from thinkkv.sdk.block import BLOCK_FILE, Block
 
 
-def write_onnx(
-    baked: Baked,
-    folder: Path,
-    *,
-    quantize: Quantize = "none",
-    provider: Provider = "cpu",
-    builder_options: Sequence[str] = (),
-    native: bool = False,
-    cache_dtype: CacheDtype | None = None,
-) -> None:
+def write_onnx(baked: Baked, folder: Path, *, quantize: Quantize = "none", options: OnnxOptions | None = None) -> None:
     """Graph, data file, ``genai_config.json``, tokenizer and ``thinkkv.json``.
 
     Args:
         baked: what ``bake`` returned.
         folder: an existing folder.
         quantize: weight-only quantization by the builder.
-        provider: execution provider that the graph is for; other than ``cpu`` it is built and checked, not run.
-        builder_options: further options of onnxruntime-genai's builder, ``KEY=VALUE``.
-        native: with operators in C for this processor, which onnxruntime-genai then loads.
-        cache_dtype: of a native bundle's caches; None for the graph's float type.
+        options: what the bundle is for; a plain one for CPUs by default.
 
     Raises:
         ExportError: the model cannot be expressed, the builder failed, or operators in C cannot be compiled.
         MissingExtraError: the ``export`` extra is not installed.
     """
+    options = options or OnnxOptions()
     check_installed()
     _refuse_windows(baked.block)
-    if native:
+    if options.native:
         check_native(baked.block.layers)
         write_library(folder)
     slots = slots_of(baked.block)
     with tempfile.TemporaryDirectory(dir=folder, prefix="checkpoint.") as checkpoint:
         write_checkpoint(baked, Path(checkpoint))
-        build_dense(Path(checkpoint), folder, quantize=quantize, provider=provider, options=builder_options)
-    bounded = _rewrite_graph(
-        folder / GRAPH_FILE, baked.block, slots, on_cpu=provider == "cpu", half=cache_dtype == "float16"
-    )
-    _adapt_genai(folder / GENAI_FILE, slots, bounded, GENAI_SLACK if provider == "cpu" else 0, native=native)
-    runtime = {
-        "quantize": quantize,
-        "provider": provider,
-        "builder_options": list(builder_options),
-        "slots": vars(slots) if slots else None,
-        "cache_dtype": cache_dtype,
-    }
+        build_dense(Path(checkpoint), folder, quantize=quantize, options=options)
+    bounded = _rewrite_graph(folder / GRAPH_FILE, baked.block, slots, options)
+    _adapt_genai(folder / GENAI_FILE, slots, bounded, options)
+    runtime = vars(options) | {"quantize": quantize, "slots": vars(slots) if slots else None}
     write_json(folder / BLOCK_FILE, baked.block.as_json() | {"onnx": runtime})
 
 
@@ -73,23 +54,23 @@ def slots_of(block: Block) -> Slots | None:
     return Slots.of(block) if any(layer.full < layer.kv_heads for layer in block.layers) else None
 
 
-def _rewrite_graph(path: Path, block: Block, slots: Slots | None, *, on_cpu: bool, half: bool = False) -> list[int]:
+def _rewrite_graph(path: Path, block: Block, slots: Slots | None, options: OnnxOptions) -> list[int]:
     import onnx  # part of the export extra
 
     from thinkkv.export.onnx.rewrite import rewrite
 
     model = onnx.load(path, load_external_data=False)  # the weights stay where they are, in the data file
-    cache_type = onnx.TensorProto.FLOAT16 if half else None
-    caches = rewrite(model, block.layers, slots, on_cpu=on_cpu, cache_type=cache_type)
+    cache_type = onnx.TensorProto.FLOAT16 if options.half else None
+    caches = rewrite(model, block.layers, slots, on_cpu=options.on_cpu, cache_type=cache_type)
     onnx.save(model, path)
     return caches.bounded_numbers
 
 
-def _adapt_genai(path: Path, slots: Slots | None, bounded: list[int], slack: int, *, native: bool) -> None:
+def _adapt_genai(path: Path, slots: Slots | None, bounded: list[int], options: OnnxOptions) -> None:
     """Tell onnxruntime-genai which caches are bounded: it sizes them at the window plus its slack."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     session_options = config["model"]["decoder"]["session_options"]
-    if native:
+    if options.native:
         session_options["custom_ops_library"] = LIBRARY_FILE
     if slots is not None:
         # Every branch of every layer would look for a pattern of its own in each step, and seldom find it.
@@ -97,7 +78,7 @@ def _adapt_genai(path: Path, slots: Slots | None, bounded: list[int], slack: int
         # A step allocates some hundred small buffers, which the C library does sooner than the runtime's own arena.
         session_options["enable_cpu_mem_arena"] = False
         config["model"]["decoder"]["sliding_window"] = {
-            "window_size": slots.capacity - slack,
+            "window_size": slots.capacity - (GENAI_SLACK if options.on_cpu else 0),
             "slide_key_value_cache": False,
             "slide_inputs": False,
             "layers": bounded,

@@ -96,8 +96,11 @@ def export(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed export cleans up as an interrupted one
     check_budget(ratio, budget)
     start = time.monotonic()
+    from thinkkv.export.onnx.options import OnnxOptions
     from thinkkv.export.staging import check_target
 
+    onnx = OnnxOptions(provider, builder_options, native, cache_dtype)
+    onnx.check_format(format_)
     choice = _choice(model, adapter, profile, policy, ratio, budget)
     from thinkkv.sdk import model_sources
     from thinkkv.sdk.outputs import default_folder
@@ -107,10 +110,9 @@ def export(
     target = out or default_folder("export", f"{source.label}-{suffix}")
     check_target(target, force=force)
     if format_ == "onnx":
-        from thinkkv.export.onnx.builder import check_installed, check_options
+        from thinkkv.export.onnx.builder import check_installed
 
         check_installed()
-        check_options(builder_options)
     network, tokenizer = load(choice.model, dtype)
     baked = _baked(network, tokenizer, choice, context, source.label, source.location)
     from thinkkv.export.export import export as write
@@ -121,10 +123,7 @@ def export(
             target,
             format=format_,
             quantize=quantize,
-            provider=provider,
-            builder_options=builder_options,
-            native=native,
-            cache_dtype=cache_dtype,
+            onnx=onnx,
             force=force,
             verify=verify,
         )

@@ -20,6 +20,7 @@ from tests.tiny_models import VOCABULARY, new_model, prompts
 from thinkkv.export.bake import Baked, bake
 from thinkkv.export.onnx import cursor
 from thinkkv.export.onnx.generate import generate_bundle
+from thinkkv.export.onnx.options import OnnxOptions
 from thinkkv.export.onnx.session import Session
 from thinkkv.export.onnx.slots import Slots
 from thinkkv.export.onnx.torch_path import greedy_tokens
@@ -83,8 +84,8 @@ def _profile(model: Any, policy: Policy) -> Any:
     return profile_of(model)
 
 
-def runtime_tokens(bundle: Bundle, ids: list[int], new: int, library: Path | None = None) -> list[int]:
-    conversation = Session(bundle.folder, threads=1, library=library).start(len(ids) + new, bundle.slots)
+def runtime_tokens(bundle: Bundle, ids: list[int], new: int, native: bool = False) -> list[int]:
+    conversation = Session(bundle.folder, threads=1, native=native).start(len(ids) + new, bundle.slots)
     return list(conversation.greedy(ids, new, set()))
 
 
@@ -147,7 +148,7 @@ def test_tokens_equal_pytorch_with_operators_in_c(make: Make, case: str, library
     bundle = make(*CASES[case])
     for tokens in PROMPTS:
         expected = bundle.torch_tokens(prompt(tokens), 60)
-        assert runtime_tokens(bundle, prompt(tokens), 60, library) == expected
+        assert runtime_tokens(bundle, prompt(tokens), 60, native=True) == expected
         assert genai_tokens(bundle, [prompt(tokens)], 60, 400, library) == expected
 
 
@@ -303,7 +304,7 @@ def test_gate_and_up_projections_are_one_product(make: Make) -> None:
 
 
 def test_further_builder_options_reach_the_builder(make: Make) -> None:
-    bundle = make("llama3", 4, SMALL, 0.5, quantize="int4", builder_options=("block_size=16",))
+    bundle = make("llama3", 4, SMALL, 0.5, quantize="int4", options=OnnxOptions(builder_options=("block_size=16",)))
     nodes = onnx.load(bundle.folder / "model.onnx", load_external_data=False).graph.node
     sizes = [onnx.helper.get_node_attr_value(node, "block_size") for node in nodes if node.op_type == "MatMulNBits"]
     assert sizes
@@ -328,7 +329,7 @@ def test_sliding_windows_are_refused(make: Make) -> None:
 @pytest.mark.parametrize("provider", ["cuda", "webgpu"])
 def test_graphs_for_gpus_are_sound(make: Make, provider: str) -> None:
     """Not run here: every value is made before it is used, the caches are float16 and sized by the window alone."""
-    bundle = make("llama3", 4, SMALL, 0.5, provider=provider)
+    bundle = make("llama3", 4, SMALL, 0.5, options=OnnxOptions(provider))
     model = onnx.load(bundle.folder / "model.onnx")
     known = {value.name for value in (*model.graph.input, *model.graph.initializer)} | {""}
     for node in model.graph.node:
