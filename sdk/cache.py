@@ -12,7 +12,7 @@ from thinkkv.patches.errors import UnsupportedGenerationError
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.layer import HeterogeneousLayer, bookkeeping
 from thinkkv.sdk.plan import KeepPlan
-from thinkkv.sdk.rehearsal import RehearsedLayer
+from thinkkv.sdk.rehearsal import ComparedLayer
 from thinkkv.sdk.whole_prompt import WholePrompt
 
 
@@ -23,13 +23,13 @@ class HeterogeneousCache(Cache):
 
     def __init__(self, compression: Compression) -> None:
         self.compression = compression
-        kind = RehearsedLayer if compression.policy.rehearses else HeterogeneousLayer
+        kind = ComparedLayer if compression.policy.compares_layers else HeterogeneousLayer
         super().__init__(layers=[kind(i, compression) for i in range(len(compression.shapes))])
 
     @property
-    def rehearsing(self) -> list[WholePrompt]:
-        """Prompts that are to be read again and then compressed, per layer; empty where there are none."""
-        held = [layer.held for layer in self.layers if isinstance(layer, RehearsedLayer)]
+    def held(self) -> list[WholePrompt]:
+        """Prompts that are to be compressed when all layers have read them, per layer; empty where there are none."""
+        held = [layer.held for layer in self.layers if isinstance(layer, ComparedLayer)]
         return [prompt for prompt in held if prompt is not None]
 
     def compress(self, prompts: list[WholePrompt]) -> None:

@@ -212,8 +212,8 @@ class PatchHandle:
         self._linear_layers = LinearLayers(model)
         # Bound methods, so that a deep copy of the model is patched on its own.
         self._hooks = [model.base_model.register_forward_pre_hook(self._supply_cache, with_kwargs=True)]
-        if self.policy.rehearses:
-            self._hooks.append(model.base_model.register_forward_hook(self._rehearse, with_kwargs=True))
+        if self.policy.compares_layers:
+            self._hooks.append(model.base_model.register_forward_hook(self._compress_held, with_kwargs=True))
         installed: dict[str, Any] = {
             "generate": MethodType(_generate, model),
             "generate_batch": MethodType(_refuse_batching, model),
@@ -235,16 +235,16 @@ class PatchHandle:
             return None
         return (), given | {"past_key_values": self.new_cache()}
 
-    def _rehearse(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Read prompts that the forward has just left in the cache again, and compress them."""
+    def _compress_held(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Compress prompts that the forward has just left in the cache, perhaps after a second reading."""
         if torch.compiler.is_compiling():
             return  # a step: its prompt is compressed already
         given = _bound(decoder.forward, args, kwargs)
         cache = given.get("past_key_values")
-        if isinstance(cache, HeterogeneousCache) and cache.rehearsing:
-            if any(map(cache.compression.compresses, cache.rehearsing[0].lengths)):
+        if isinstance(cache, HeterogeneousCache) and cache.held:
+            if self.policy.rehearses and any(map(cache.compression.compresses, cache.held[0].lengths)):
                 rehearse(decoder, given, cache)
-            cache.compress(cache.rehearsing)
+            cache.compress(cache.held)
 
 
 def _bound(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class PromptView:
 
     Args:
         layer, layers: index of the layer, and how many the model has.
-        queries: [Hq, N, D], rotated.
+        queries: [Hq, Q, D] of the prompt's last Q tokens, rotated; of all N where layers plan by themselves.
         keys, values: [n, N, D].
         scale: softmax scale.
         rehearsed: [n, N] float32, for a policy that rehearses: the most attention that a token got in the rehearsal.
@@ -45,7 +45,7 @@ class PromptView:
     def window_scores(self, observation_window: int) -> torch.Tensor:
         """[Hq, N] float32: mean attention of the last ``observation_window`` queries."""
         window = min(observation_window, self.tokens)
-        newest = self.queries[:, self.tokens - window :]
+        newest = self.queries[:, self.queries.shape[1] - window :]
         scores: torch.Tensor = operation("window_scores", newest.device)(newest, self.keys, scale=self.scale)
         return scores
 

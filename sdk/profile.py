@@ -69,7 +69,7 @@ class HeadProfile:
             chosen: Any = policy  # every policy is a dataclass
             fixed: Policy = replace(chosen, head_scores=self.scores)
             return fixed
-        served = " or ".join(name for name, own in POLICIES.items() if own.profile_score == self.score)
+        served = ", ".join(name for name, own in POLICIES.items() if own.profile_score == self.score)
         raise ProfileMismatchError(
             f"the profile holds {self.score} scores for {served}, not for {policy.name} - "
             f"drop the profile or use --policy {served}"

@@ -69,18 +69,18 @@ class HoldingLayer(HeterogeneousLayer):
         return out
 
 
-class RehearsedLayer(HoldingLayer):
-    """A layer of a policy that rehearses: what it holds of its prompts is what it may store of them."""
+class ComparedLayer(HoldingLayer):
+    """A layer of a policy that compares layers: what it holds of its prompts is what it may store of them."""
 
     def compact(self, prompt: WholePrompt) -> None:
-        """Hold it without its queries, which are larger than keys and values together.
+        """Hold it without the queries that no plan asks for: all are larger than keys and values together.
 
         Raises:
             BudgetError: the budget is too small for one of them.
         """
         for tokens in prompt.lengths:
             self.compression.allocate(tokens)
-        super().compact(replace(prompt, query=prompt.query.new_empty(*prompt.query.shape[:2], 0, self.shape.head_dim)))
+        super().compact(prompt.with_last_queries(self.compression.policy.held_queries))
 
 
 @torch.no_grad()

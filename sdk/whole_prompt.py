@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,7 +16,7 @@ class WholePrompt:
     """What a layer computed for its prompts.
 
     Args:
-        query: [B, Hq, N, D], rotated; a prompt that was rehearsed has none any more (N = 0 here).
+        query: [B, Hq, N, D], rotated; or [B, Hq, Q, D] of each sequence's last Q real tokens.
         keys, values: [B, n, N, D], contiguous.
         scale: softmax scale.
         real: [B, N] bool, False at padding; None where there is none.
@@ -44,6 +44,16 @@ class WholePrompt:
         batch, _, tokens, _ = self.keys.shape
         return [tokens] * batch if self.real is None else self.real.sum(dim=1).tolist()
 
+    def with_last_queries(self, count: int) -> WholePrompt:
+        """The same with no more than so many queries of each sequence, aligned at their ends."""
+        if count >= self.query.shape[2]:
+            return self
+        query = self.query.new_zeros(*self.query.shape[:2], count, self.query.shape[3])
+        for mine, all_of_it, columns in zip(query, self.query, self.columns, strict=True):
+            last = all_of_it[:, columns][:, max(0, all_of_it[:, columns].shape[1] - count) :]
+            mine[:, count - last.shape[1] :] = last
+        return replace(self, query=query)
+
     def view(self, sequence: int, layer: int, layers: int, visible: int) -> PromptView:
         """What a policy sees of one sequence: its last ``visible`` tokens in this layer of so many."""
         first = self.lengths[sequence] - visible
@@ -51,6 +61,6 @@ class WholePrompt:
         def own(tensor: torch.Tensor) -> torch.Tensor:
             return tensor[sequence, :, self.columns[sequence]][:, first:]
 
-        query = own(self.query) if self.query.shape[2] else self.query[sequence]
+        query = own(self.query) if self.query.shape[2] == self.keys.shape[2] else self.query[sequence]
         noted = (None if scores is None else own(scores) for scores in (self.rehearsed, self.rehearsed_sum))
         return PromptView(layer, layers, query, own(self.keys), own(self.values), self.scale, *noted)

@@ -16,6 +16,7 @@ POLICY_NAMES = (
     "full",
     "task-kv",
     "retrieval-kv",
+    "evidence-kv",
     "rehearsed-kv",
     "streaming-llm",
     "snapkv",
@@ -25,7 +26,12 @@ POLICY_NAMES = (
 )
 """As in ``thinkkv.sdk.policies``, repeated here so that a help text loads no torch; a test compares them."""
 
-PROFILE_SCORES = {"task-kv": "distance", "retrieval-kv": "retrieval", "rehearsed-kv": "retrieval"}
+PROFILE_SCORES = {
+    "task-kv": "distance",
+    "retrieval-kv": "retrieval",
+    "evidence-kv": "retrieval",
+    "rehearsed-kv": "retrieval",
+}
 """The policies that take a profile, and which score it holds; repeated for the same reason."""
 
 

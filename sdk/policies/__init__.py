@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.policies.adakv import AdaKV
+from thinkkv.sdk.policies.evidence_kv import EvidenceKV
 from thinkkv.sdk.policies.full import Full
 from thinkkv.sdk.policies.kvzip import KVzip
 from thinkkv.sdk.policies.policy import CacheDtype, Policy
@@ -16,13 +17,14 @@ from thinkkv.sdk.policies.task_kv import TaskKV
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
-    for policy in (Full, TaskKV, RetrievalKV, RehearsedKV, StreamingLLM, SnapKV, PyramidKV, AdaKV, KVzip)
+    for policy in (Full, TaskKV, RetrievalKV, EvidenceKV, RehearsedKV, StreamingLLM, SnapKV, PyramidKV, AdaKV, KVzip)
 }
 
 __all__ = [
     "POLICIES",
     "AdaKV",
     "CacheDtype",
+    "EvidenceKV",
     "Full",
     "KVzip",
     "Policy",

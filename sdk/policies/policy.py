@@ -25,8 +25,11 @@ class Policy(ABC):
 
     name: ClassVar[str]
 
+    compares_layers: ClassVar[bool] = False
+    """Whether it plans for all layers together (``plan_model``): a prompt is held whole until all have read it."""
+
     rehearses: ClassVar[bool] = False
-    """Whether the model reads a prompt again before it is compressed, all layers at once (``sdk/rehearsal.py``)."""
+    """Whether the model reads a prompt again before that (``sdk/rehearsal.py``); such a policy compares layers."""
 
     cache_dtype: CacheDtype = field(default="model", kw_only=True)
 
@@ -55,6 +58,11 @@ class Policy(ABC):
         return self.smallest
 
     @property
+    def held_queries(self) -> int:
+        """Last queries of a prompt that the plan for all layers asks for; the others are not held."""
+        return 0
+
+    @property
     def kept_ends(self) -> tuple[int, int]:
         """(sinks, recent): what a bounded row always keeps while decoding; the rest goes to the best middle tokens."""
         return 0, self.smallest
@@ -81,5 +89,5 @@ class Policy(ABC):
         """Choose what each KV head keeps; at most ``budget.tokens`` in all."""
 
     def plan_model(self, prompts: Sequence[PromptView], budgets: Sequence[LayerBudget]) -> list[KeepPlan]:
-        """Choose for all layers of one sequence: layer by layer, unless the policy compares tokens between layers."""
+        """Choose for all layers of one sequence: layer by layer, unless it ``compares_layers``."""
         return [self.plan(prompt, budget) for prompt, budget in zip(prompts, budgets, strict=True)]

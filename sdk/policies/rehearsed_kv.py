@@ -19,6 +19,7 @@ import torch
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers, everything
 from thinkkv.sdk.plan import KeepPlan, PromptView, pool
 from thinkkv.sdk.policies.ranked_heads import HeadScores, best_heads, check_ranking
+from thinkkv.sdk.policies.ranked_tokens import keep_best
 from thinkkv.sdk.policies.rehearsing import Rehearsing
 
 BISECTIONS = 64
@@ -77,15 +78,8 @@ class RehearsedKV(Rehearsing):
         """What the heads keep by rank, and the best of all other tokens of all layers together."""
         by_rank = [self._by_rank(prompt, budget) for prompt, budget in zip(prompts, budgets, strict=True)]
         rest = [self._rest(prompt, mine) for prompt, mine in zip(prompts, by_rank, strict=True)]
-        kept = torch.cat([mine.flatten() for mine in by_rank])
-        ranked = torch.cat([layer.flatten() for layer in rest])
-        left = sum(budget.tokens for budget in budgets) - int(kept.sum())
-        kept[ranked.topk(min(max(0, left), int((~kept).sum()))).indices] = True
-        parts = kept.split([mine.numel() for mine in by_rank])
-        return [
-            self._keep(prompt, budget, part.view_as(mine))
-            for prompt, budget, part, mine in zip(prompts, budgets, parts, by_rank, strict=True)
-        ]
+        kept = keep_best(by_rank, rest, sum(budget.tokens for budget in budgets))
+        return [self._keep(*layer) for layer in zip(prompts, budgets, kept, strict=True)]
 
     def _by_rank(self, prompt: PromptView, budget: LayerBudget) -> torch.Tensor:
         """[n, N] bool: each head's tokens that one query looked up most sharply, both ends among them."""
@@ -98,13 +92,13 @@ class RehearsedKV(Rehearsing):
         return kept
 
     def _rest(self, prompt: PromptView, kept: torch.Tensor) -> torch.Tensor:
-        """[n, N] float32: how much all queries together took from each token; -1 where it is kept already."""
+        """[n, N] float32: how much all queries together took from each token, for those that are not kept already."""
         if kept.all():
-            return torch.full(kept.shape, -1.0, device=kept.device)
+            return torch.zeros(kept.shape, device=kept.device)
         taken = self.rehearsed_sum(prompt) * value_norms(prompt)
         # The more a head takes from everywhere, the less it misses one token; by the whole sum, all heads were alike.
         middle = taken[:, self.sinks : prompt.tokens - self.recent].sum(dim=1, keepdim=True)
-        return (taken / middle.sqrt().clamp(min=torch.finfo(taken.dtype).tiny)).masked_fill(kept, -1)
+        return taken / middle.sqrt().clamp(min=torch.finfo(taken.dtype).tiny)
 
     def _keep(self, prompt: PromptView, budget: LayerBudget, kept: torch.Tensor) -> KeepPlan:
         whole = tuple(kept.all(dim=1).nonzero()[:, 0].tolist())

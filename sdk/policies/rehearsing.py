@@ -22,6 +22,7 @@ class Rehearsing(Policy):
             a second reading.
     """
 
+    compares_layers: ClassVar[bool] = True
     rehearses: ClassVar[bool] = True
 
     sinks: int = 16

@@ -16,7 +16,7 @@ import torch
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
 from thinkkv.sdk.plan import KeepPlan, PromptView
 from thinkkv.sdk.policies.ranked_heads import SHARE, HeadScores, best_heads, check_ranking, ranked
-from thinkkv.sdk.policies.sinks_middle_recent import SinksMiddleRecent
+from thinkkv.sdk.policies.sinks_middle_recent import SinksMiddleRecent, Split
 
 WINDOWS = 8
 """A prompt of so many observation windows behind its sinks is kept whole: with the defaults as short a one as Task-KV
@@ -62,16 +62,26 @@ class RetrievalKV(SinksMiddleRecent):
 
     def plan(self, prompt: PromptView, budget: LayerBudget) -> KeepPlan:
         """Keep everything in the budget's full heads, sinks + middle + recent in the others."""
-        scores = torch.tensor(self.head_scores[prompt.layer])
-        if budget.tokens >= prompt.tokens * prompt.kv_heads:
-            full = best_heads(self.head_scores, self.share)[prompt.layer]
+        full, scores = self.full_heads(prompt, budget), torch.tensor(self.head_scores[prompt.layer])
+        if self.keeps_whole(prompt, budget):
             return KeepPlan.everything(prompt, heterogeneous=full, head_scores=scores)
-        others = prompt.kv_heads - len(budget.full_heads)
-        each = (budget.tokens - len(budget.full_heads) * prompt.tokens) // others
-        split = self.split_of(len(budget.full_heads), each)
         window = prompt.per_kv_head(prompt.window_scores(self.observation_window))
-        kept = self.keep(prompt, budget.full_heads, split, window)
-        return KeepPlan(kept=kept, heterogeneous=budget.full_heads, head_scores=scores)
+        kept = self.keep(prompt, full, self.split(prompt, budget), window)
+        return KeepPlan(kept=kept, heterogeneous=full, head_scores=scores)
+
+    def keeps_whole(self, prompt: PromptView, budget: LayerBudget) -> bool:
+        """Whether nothing of this layer is evicted."""
+        return budget.tokens >= prompt.tokens * prompt.kv_heads
+
+    def full_heads(self, prompt: PromptView, budget: LayerBudget) -> tuple[int, ...]:
+        """Those of the budget; where nothing is evicted, those that would keep everything."""
+        whole = self.keeps_whole(prompt, budget)
+        return best_heads(self.head_scores, self.share)[prompt.layer] if whole else budget.full_heads
+
+    def split(self, prompt: PromptView, budget: LayerBudget) -> Split:
+        """What each of the other heads keeps of a layer that is not kept whole."""
+        full = len(budget.full_heads)
+        return self.split_of(full, (budget.tokens - full * prompt.tokens) // (prompt.kv_heads - full))
 
     @staticmethod
     def _layer(layer: LayerPrompt, each: int, full: tuple[int, ...]) -> LayerBudget:

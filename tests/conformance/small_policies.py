@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.tiny_models import LAYERS
 from thinkkv.sdk.policies import (
     AdaKV,
+    EvidenceKV,
     Full,
     KVzip,
     Policy,
@@ -20,6 +21,7 @@ SMALLEST = {
     "full": 0,
     "task-kv": 6,
     "retrieval-kv": 6,
+    "evidence-kv": 6,
     "rehearsed-kv": 5,
     "streaming-llm": 3,
     "snapkv": 5,
@@ -29,7 +31,7 @@ SMALLEST = {
 }
 """Tokens per head that each policy below cannot do without, by its constants."""
 
-ALWAYS_KEPT = SMALLEST | {"task-kv": 10, "retrieval-kv": 34, "rehearsed-kv": 26, "kvzip": 26}
+ALWAYS_KEPT = SMALLEST | {"task-kv": 10, "retrieval-kv": 34, "evidence-kv": 34, "rehearsed-kv": 26, "kvzip": 26}
 """Prompts up to this length stay whole."""
 
 NAMES = tuple(SMALLEST)
@@ -43,6 +45,7 @@ def small_policy(name: str, kv_heads: int) -> Policy:
         "full": Full(),
         "task-kv": TaskKV(sinks=2, recent=8, observation_window=4, top=16, pooling=3),
         "retrieval-kv": RetrievalKV(head_scores=made_up, sinks=2, recent=6, observation_window=4, pooling=3),
+        "evidence-kv": EvidenceKV(head_scores=made_up, sinks=2, recent=6, observation_window=4, pooling=3),
         "rehearsed-kv": RehearsedKV(head_scores=made_up, power=4, pooling=3, sinks=2, recent=3, whole=26),
         "streaming-llm": StreamingLLM(sinks=2),
         "snapkv": SnapKV(observation_window=4, pooling=3),

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from tests.sdk.continuation import SMALL_REHEARSED_KV, SMALL_TASK_KV
+from tests.sdk.continuation import SMALL_EVIDENCE_KV, SMALL_REHEARSED_KV, SMALL_TASK_KV
 from tests.tiny_models import VOCABULARY, new_model, prompts
 from thinkkv import sdk
 from thinkkv.sdk.policies import KVzip, Policy, PyramidKV, SnapKV
@@ -298,8 +298,9 @@ class TestRefused:
         SMALL_TASK_KV,
         KVzip(2, 3, whole=26),
         SMALL_REHEARSED_KV,
+        SMALL_EVIDENCE_KV,
     ],
-    ids=["streaming-llm", "snapkv", "pyramidkv", "task-kv", "kvzip", "rehearsed-kv"],
+    ids=["streaming-llm", "snapkv", "pyramidkv", "task-kv", "kvzip", "rehearsed-kv", "evidence-kv"],
 )
 def test_a_compressed_batch_equals_its_sequences_alone(policy: Any) -> None:
     """Padding and neighbours change neither classes nor keep-sets nor tokens."""

@@ -60,6 +60,9 @@ def policies(draw: st.DrawFn, name: str, model: Model) -> Policy:
         "pyramidkv": voting | {"beta": draw(st.integers(1, 30))},
         "adakv": voting | {"floor": draw(st.floats(0, 1))},
         "retrieval-kv": voting | ends | {"head_scores": scores, "share": draw(st.floats(0, 1))},
+        "evidence-kv": voting
+        | ends
+        | {"head_scores": scores, "share": draw(st.floats(0, 1)), "floor": draw(st.floats(0, 1))},
         "rehearsed-kv": ends
         | whole
         | {
@@ -114,7 +117,7 @@ def test_every_plan_is_in_range_in_order_and_within_the_budget(name: str, data: 
         return
     for view, share, plan in plans:
         assert len(plan.kept) == model.kv_heads
-        assert plan.tokens <= share.tokens or policy.rehearses  # such a policy may spend a layer's share elsewhere
+        assert plan.tokens <= share.tokens or policy.compares_layers  # which may spend a share elsewhere
         sinks, recent = must_keep(policy, view.tokens)
         ends = {*range(min(sinks, view.tokens)), *range(max(0, view.tokens - recent), view.tokens)}
         for kept in (positions.tolist() for positions in plan.kept):
@@ -158,7 +161,7 @@ def test_a_prompt_of_its_ends_alone_is_kept_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [49, 128, 272, 273])
-@pytest.mark.parametrize("name", ["task-kv", "retrieval-kv", "rehearsed-kv", "kvzip"])
+@pytest.mark.parametrize("name", ["task-kv", "retrieval-kv", "evidence-kv", "rehearsed-kv", "kvzip"])
 def test_a_quarter_of_a_short_prompt_is_never_too_little(name: str, tokens: int) -> None:
     probe = Model(kv_heads=2, group=2, windows=(None,) * 2, tokens=tokens, seed=0)
     policy = defaults(name, probe)

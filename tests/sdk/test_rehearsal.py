@@ -185,7 +185,7 @@ class TestCompression:
         with torch.inference_mode(), sdk.apply(model, policy=SMALL, ratio=0.25) as handle:
             model(ids, past_key_values=(cache := handle.new_cache()))
             found = handle.report(cache).bytes
-        assert not cache.rehearsing
+        assert not cache.held
         assert all(layer.held is None for layer in cache.layers)
         assert found.used <= found.promised < found.full / 3
 
