@@ -165,7 +165,8 @@ def _plans(compression: Compression, context: int) -> list[KeepPlan]:
 
 
 def _has_fixed_classes(policy: Policy) -> bool:
-    return isinstance(policy, SinksMiddleRecent) and bool(getattr(policy, "head_scores", None))
+    scored = isinstance(policy, SinksMiddleRecent) and bool(getattr(policy, "head_scores", None))
+    return scored and not policy.compares_layers  # which gives a head other lengths for another prompt
 
 
 def _full(plan: KeepPlan, visible: int) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from thinkkv.export.safetensors import write_checkpoint
 from thinkkv.patches.errors import AdapterMismatchError, ExportError
 from thinkkv.sdk.block import Block
 from thinkkv.sdk.budget import Budget
-from thinkkv.sdk.policies import SnapKV
+from thinkkv.sdk.policies import EvidenceKV, SnapKV
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "llama3")
 
@@ -65,6 +65,12 @@ def test_the_promise_holds_at_the_context() -> None:
 def test_a_policy_that_decides_per_prompt_cannot_be_baked() -> None:
     with pytest.raises(ExportError, match="snapkv"):
         bake(new_model("llama", 4), None, policy=SnapKV(), budget=Budget(ratio=0.9), context=128)
+
+
+def test_heads_that_share_tokens_by_the_prompt_are_refused() -> None:
+    policy = EvidenceKV(head_scores=((0.1, 0.2, 0.3, 0.4),) * 3, sinks=2, recent=6, observation_window=4)
+    with pytest.raises(ExportError, match="evidence-kv tells heads or tokens apart per prompt"):
+        bake(new_model("llama", 4), None, policy=policy, budget=Budget(ratio=0.5), context=128)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
