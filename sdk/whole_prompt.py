@@ -50,7 +50,8 @@ class WholePrompt:
             return self
         query = self.query.new_zeros(*self.query.shape[:2], count, self.query.shape[3])
         for mine, all_of_it, columns in zip(query, self.query, self.columns, strict=True):
-            last = all_of_it[:, columns][:, max(0, all_of_it[:, columns].shape[1] - count) :]
+            own = all_of_it[:, columns]
+            last = own[:, max(0, own.shape[1] - count) :]
             mine[:, count - last.shape[1] :] = last
         return replace(self, query=query)
 

@@ -10,6 +10,7 @@ import torch
 
 from thinkkv.sdk.budget import LayerBudget
 from thinkkv.sdk.plan import KeepPlan, PromptView
+from thinkkv.sdk.policies.ranked_tokens import keep_best
 from thinkkv.sdk.policies.rehearsing import Rehearsing
 
 
@@ -34,14 +35,9 @@ class KVzip(Rehearsing):
     def plan_model(self, prompts: Sequence[PromptView], budgets: Sequence[LayerBudget]) -> list[KeepPlan]:
         """The best tokens of all layers together; layers that are to be kept whole come first."""
         scores = [self._scores(prompt, budget) for prompt, budget in zip(prompts, budgets, strict=True)]
-        ranked = torch.cat([layer.flatten() for layer in scores])
-        best = ranked.topk(min(len(ranked), sum(budget.tokens for budget in budgets))).indices
-        kept = torch.zeros_like(ranked, dtype=torch.bool).index_fill(0, best, True)
-        parts = kept.split([layer.numel() for layer in scores])
-        return [
-            KeepPlan(kept=tuple(row.nonzero()[:, 0] for row in part.view_as(layer)))
-            for part, layer in zip(parts, scores, strict=True)
-        ]
+        none = [torch.zeros_like(layer, dtype=torch.bool) for layer in scores]
+        kept = keep_best(none, scores, sum(budget.tokens for budget in budgets))
+        return [KeepPlan(kept=tuple(row.nonzero()[:, 0] for row in mine)) for mine in kept]
 
     def _scores(self, prompt: PromptView, budget: LayerBudget) -> torch.Tensor:
         """[n, N] float32: how much each token was attended to, infinitely where it is kept for certain."""

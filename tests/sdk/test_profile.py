@@ -193,7 +193,8 @@ class TestPolicy:
         ranking = replace(profile, score="retrieval")
         with sdk.apply(model, profile=ranking, policy=policy, ratio=0.5) as handle:
             assert handle.policy == POLICIES[policy](head_scores=profile.scores)  # type: ignore[call-arg]
-        with pytest.raises(sdk.ProfileMismatchError, match="evidence-kv, rehearsed-kv, not for snapkv"):
+        served = "for retrieval-kv, evidence-kv, rehearsed-kv, not for snapkv"
+        with pytest.raises(sdk.ProfileMismatchError, match=served):
             ranking.fix(SnapKV())
 
     @pytest.mark.parametrize("policy", [SnapKV(), RetrievalKV(), RehearsedKV()], ids=lambda policy: policy.name)
