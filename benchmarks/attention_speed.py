@@ -48,7 +48,7 @@ def layer(lengths: list[int], dtype: torch.dtype) -> Arena:
     """One layer's rows, random."""
     alike = sorted(set(lengths), reverse=True)
     blocks = [([row for row, mine in enumerate(lengths) if mine == length], length) for length in alike]
-    arena = Arena(blocks, spare=512, like=torch.empty(0, DIM, dtype=dtype))
+    arena = Arena(blocks, spare=512, like=(torch.empty(0, DIM, dtype=dtype),) * 2)
     arena.keys.normal_()
     arena.values.normal_()
     return arena

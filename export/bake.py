@@ -79,7 +79,7 @@ def bake(
         ProfileMismatchError: so does the profile.
         BudgetError: the budget cannot be met.
     """
-    if policy.quantized:
+    if policy.stored:
         raise ExportError("an exported model's cache is stored as its runtime does it - bake without cache_dtype")
     shapes = shapes_of(model)
     if profile is not None:

@@ -18,7 +18,7 @@ class Block:
 
     Attributes:
         index: the rows' indices in the layer.
-        keys, values: [r, capacity, D] views into the arenas.
+        keys, values: [r, capacity, ...] entries, views into the arenas.
         length: entries in use in every row.
     """
 
@@ -37,26 +37,32 @@ class Arena:
     """All rows of a layer.
 
     Attributes:
-        keys, values: [S, D], the storage.
+        keys, values: [S, ...], the storage: entries (``thinkkv.kernels.entries``).
         blocks: rows of equal length, in the order in which they lie.
         order: [R] int64, row of each place when the blocks are laid end to end; None when that is the rows' own order.
         places: [R] int64, the inverse: place of each row.
         offsets: [R] int64, by row index: first entry of the row in the storage.
     """
 
-    def __init__(self, blocks: Sequence[tuple[Sequence[int], int]], *, spare: int, like: torch.Tensor) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[tuple[Sequence[int], int]],
+        *,
+        spare: int,
+        like: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
         """Allocate.
 
         Args:
             blocks: row indices and length of each block.
             spare: entries per row beyond its length.
-            like: [..., D] tensor whose D, dtype and device the storage has.
+            like: keys and values, [..., E] entries each, whose size E, dtype and device the storage has.
         """
-        device, dim = like.device, like.shape[-1]
+        device = like[0].device
         sizes = [len(index) * (length + spare) for index, length in blocks]
-        self.keys, self.values = like.new_empty(sum(sizes), dim), like.new_empty(sum(sizes), dim)
+        self.keys, self.values = (entries.new_empty(sum(sizes), entries.shape[-1]) for entries in like)
         self.blocks = tuple(
-            Block(tuple(index), keys.view(len(index), -1, dim), values.view(len(index), -1, dim), length)
+            Block(tuple(index), keys.unflatten(0, (len(index), -1)), values.unflatten(0, (len(index), -1)), length)
             for (index, length), keys, values in zip(
                 blocks, self.keys.split(sizes), self.values.split(sizes), strict=True
             )
@@ -94,11 +100,11 @@ class Arena:
     @property
     def entry_bytes(self) -> int:
         """Bytes of one token's key and value in one row."""
-        return 2 * self.keys.shape[1] * self.keys.element_size()
+        return sum(stored.shape[1] * stored.element_size() for stored in (self.keys, self.values))
 
-    def entries(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the storage holds of keys or values, each [..., D]."""
-        return tuple(entries_of(one, self.keys.dtype) for one in states)
+    def entries(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the storage holds of [..., D] keys and values."""
+        return entries_of(keys, self.keys.dtype), entries_of(values, self.values.dtype)
 
     @property
     def longest(self) -> int:

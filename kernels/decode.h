@@ -28,7 +28,7 @@ struct call {
     const char *query;
     int64_t dim, group, width, tasks;
     float scale;
-    enum type type, stored; /* of query and output, of keys and values */
+    enum type type, stored; /* of query and output, of values */
     struct row *rows;
     int32_t *row_of;  /* [tasks] */
     float *sums;      /* [tasks, group, dim], the weighted sums of values */
@@ -37,9 +37,8 @@ struct call {
     atomic_llong next;
 };
 
-INLINE int64_t entry_bytes(int64_t dim, enum type stored) {
-    return stored == INT8 ? dim + SCALE_BYTES : dim * (int64_t)size_of(stored);
-}
+/* How keys are stored whose values are stored so: those of int4 are int8. */
+INLINE enum type of_keys(enum type stored) { return stored == INT4 ? INT8 : stored; }
 
 /* 2^r to float32's precision, |r| <= 1/2. */
 #define POWER(r)                                                                                                       \
@@ -152,96 +151,123 @@ INLINE void accumulate_pairs(float *sums, float (*weights)[TILE], const char *va
 #endif
 
 INLINE void accumulate_lanes(float *sums, float (*weights)[TILE], const char *values, int count, int64_t dim, int heads,
-                             enum type type, const char *soon, int64_t bytes) {
-    int64_t step = bytes * LANES / dim;
+                             enum type stored, const char *soon, int64_t bytes) {
+    int64_t step = bytes * LANES / dim, stride = entry_bytes(dim, stored) / size_of(stored);
     for (int64_t d = 0; d < dim; d += LANES) {
         prefetch(soon + d / LANES * step, step);
         vec sum[BLOCK];
         for (int h = 0; h < heads; h++) sum[h] = load((const char *)sums, h * dim + d, FLOAT32);
         for (int t = 0; t < count; t++) {
-            vec value = load(values, t * dim + d, type);
+            vec value = load(values, t * stride + d, stored);
             for (int h = 0; h < heads; h++) sum[h] += value * weights[h][t];
         }
         for (int h = 0; h < heads; h++) memcpy(sums + h * dim + d, &sum[h], sizeof(vec));
     }
 }
 
+/* Of int4 entries, whose bytes hold a number of the first half of the dimensions and one of the second. */
+INLINE void accumulate_nibbles(float *sums, float (*weights)[TILE], const char *values, int count, int64_t dim,
+                               int heads, const char *soon, int64_t bytes) {
+    int64_t half = dim / 2, stride = entry_bytes(dim, INT4), step = bytes * LANES / half, d = 0;
+    for (; d + LANES <= half; d += LANES) {
+        prefetch(soon + d / LANES * step, step);
+        vec low[BLOCK], high[BLOCK], first, second;
+        for (int h = 0; h < heads; h++) {
+            low[h] = load((const char *)sums, h * dim + d, FLOAT32);
+            high[h] = load((const char *)sums, h * dim + half + d, FLOAT32);
+        }
+        for (int t = 0; t < count; t++) {
+            load_nibbles(&first, &second, values + t * stride + d);
+            for (int h = 0; h < heads; h++) low[h] += first * weights[h][t], high[h] += second * weights[h][t];
+        }
+        for (int h = 0; h < heads; h++) {
+            memcpy(sums + h * dim + d, &low[h], sizeof(vec));
+            memcpy(sums + h * dim + half + d, &high[h], sizeof(vec));
+        }
+    }
+    for (; d < half; d++)
+        for (int t = 0; t < count; t++)
+            for (int h = 0; h < heads; h++) {
+                uint8_t pair = values[t * stride + d];
+                sums[h * dim + d] += (pair & 15) * weights[h][t];
+                sums[h * dim + half + d] += (pair >> 4) * weights[h][t];
+            }
+}
+
 /* sums[h] += weights[h] times `count` values, CHUNK at most; so many bytes are asked for meanwhile. */
 INLINE void accumulate(float *sums, float (*weights)[TILE], const char *values, int count, int64_t dim, int heads,
-                       enum type type, const char *soon, int64_t bytes) {
+                       enum type stored, const char *soon, int64_t bytes) {
 #ifdef PAIRS
-    if (type == BFLOAT16) {
+    if (stored == BFLOAT16) {
         prefetch(soon, bytes);
         accumulate_pairs(sums, weights, values, count, dim, heads);
         return;
     }
 #endif
-    accumulate_lanes(sums, weights, values, count, dim, heads, type, soon, bytes);
+    if (stored == INT4) accumulate_nibbles(sums, weights, values, count, dim, heads, soon, bytes);
+    else accumulate_lanes(sums, weights, values, count, dim, heads, stored, soon, bytes);
 }
 
-/* `count` int8 entries, CHUNK at most, each times its own scale. */
-INLINE void dequantize(float *wide, const char *entries, int count, int64_t dim) {
+/* Small integers are multiplied as they are: products of keys are scaled, ... */
+INLINE void scale_products(float (*scores)[TILE], const char *keys, int count, int64_t dim, int heads) {
     for (int t = 0; t < count; t++) {
-        const char *entry = entries + t * (dim + SCALE_BYTES);
-        float scale;
-        memcpy(&scale, entry + dim, sizeof scale);
-        int64_t d = 0;
-#ifdef __AVX512F__
-        for (; d + 16 <= dim; d += 16) {
-            __m512i x = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(entry + d)));
-            _mm512_storeu_ps(wide + t * dim + d, _mm512_cvtepi32_ps(x) * scale);
-        }
-#endif
-        for (; d < dim; d += LANES) {
-            vec x = load_bytes(entry + d) * scale;
-            memcpy(wide + t * dim + d, &x, sizeof x);
-        }
+        float scale = load_one(keys + t * entry_bytes(dim, INT8) + dim, 0, FLOAT32);
+        for (int h = 0; h < heads; h++) scores[h][t] *= scale;
     }
 }
 
-/* `count` entries to multiply with: themselves, or what int8 ones stand for. */
-INLINE const char *states_of(float *wide, const char *entries, int count, int64_t dim, enum type stored) {
-    if (stored != INT8) return entries;
-    dequantize(wide, entries, count, dim);
-    return (const char *)wide;
+/* ... and weights, before they meet values. int4 numbers are steps above the least of a value: these are added. */
+INLINE void scale_weights(float *sums, float (*weights)[TILE], const char *values, int count, int64_t dim, int heads,
+                          enum type stored) {
+    float least[BLOCK] = {0};
+    for (int t = 0; t < count; t++) {
+        const char *numbers = values + t * entry_bytes(dim, stored), *behind = numbers + (stored == INT4 ? dim / 2 : dim);
+        float scale = load_one(behind, 0, stored == INT4 ? FLOAT16 : FLOAT32);
+        for (int h = 0; h < heads; h++) {
+            if (stored == INT4) least[h] += weights[h][t] * load_one(behind, 1, FLOAT16);
+            weights[h][t] *= scale;
+        }
+    }
+    for (int h = 0; h < heads && stored == INT4; h++)
+        for (int64_t d = 0; d < dim; d++) sums[h * dim + d] += least[h];
 }
 
-/* `type`: what is multiplied, float32 for int8 entries; `stored`: the entries. */
 INLINE void attend_tile(float *sums, float *maxima, float *totals, const char *query, const char *keys,
-                        const char *values, int count, int64_t dim, float scale, int heads, enum type type,
-                        enum type stored) {
-    float scores[BLOCK][TILE], last[BLOCK][BLOCK], wide[stored == INT8 ? CHUNK * dim : 1];
-    int64_t bytes = entry_bytes(dim, stored);
-    int64_t ahead = stored == INT8 ? 0 : (intptr_t)values - (intptr_t)keys; /* int8 keys are multiplied elsewhere */
-    int t = 0, chunk = OPERAND(type) == FLOAT32 ? CHUNK / 2 : CHUNK;
+                        const char *values, int count, int64_t dim, float scale, int heads, enum type stored) {
+    float scores[BLOCK][TILE], last[BLOCK][BLOCK];
+    enum type of_key = of_keys(stored);
+    int64_t key = entry_bytes(dim, of_key), value = entry_bytes(dim, stored), stride = key / size_of(of_key);
+    int64_t ahead = key == value ? (intptr_t)values - (intptr_t)keys : 0;
+    int t = 0, chunk = OPERAND(stored) == FLOAT32 ? CHUNK / 2 : CHUNK;
     for (; t + BLOCK <= count; t += BLOCK) {
-        const char *some = states_of(wide, keys + t * bytes, BLOCK, dim, stored);
-        if (!ahead) prefetch(values + t * bytes, BLOCK * bytes);
-        products(scores[0] + t, TILE, query, heads, some, dim, dim, type, ahead);
+        if (!ahead) prefetch(values + t * value, BLOCK * value);
+        products(scores[0] + t, TILE, query, heads, keys + t * key, stride, dim, of_key, ahead);
     }
     for (; t < count; t++) {
-        products(last[0], BLOCK, query, heads, states_of(wide, keys + t * bytes, 1, dim, stored), 0, dim, type, 0);
+        products(last[0], BLOCK, query, heads, keys + t * key, 0, dim, of_key, 0);
         for (int h = 0; h < heads; h++) scores[h][t] = last[h][0];
     }
+    if (of_key == INT8) scale_products(scores, keys, count, dim, heads);
     for (int h = 0; h < heads; h++) weigh(scores[h], count, scale, maxima + h, totals + h, sums + h * dim, dim);
+    if (of_key == INT8) scale_weights(sums, scores, values, count, dim, heads, stored);
     for (t = 0; t + chunk <= count; t += chunk) {
-        const char *some = states_of(wide, values + t * bytes, chunk, dim, stored), *soon = keys + (TILE + t) * bytes;
-        accumulate(sums, (float(*)[TILE])(scores[0] + t), some, chunk, dim, heads, type, soon, chunk * bytes);
+        const char *some = values + t * value, *soon = keys + (TILE + t) * key;
+        accumulate(sums, (float(*)[TILE])(scores[0] + t), some, chunk, dim, heads, stored, soon, chunk * key);
     }
-    values = states_of(wide, values + t * bytes, count - t, dim, stored);
-    accumulate(sums, (float(*)[TILE])(scores[0] + t), values, count - t, dim, heads, type, values, 0);
+    values += t * value;
+    accumulate(sums, (float(*)[TILE])(scores[0] + t), values, count - t, dim, heads, stored, values, 0);
 }
 
-INLINE void attend_part(const struct call *call, int64_t task, enum type type, enum type stored) {
+INLINE void attend_part(const struct call *call, int64_t task, enum type stored) {
     const struct row *row = call->rows + call->row_of[task];
     int64_t dim = call->dim, group = call->group;
     int64_t first = (task - row->task) * call->width, end = first + call->width;
     float widened[MAX_GROUP * MAX_DIM], *sums = call->sums + task * group * dim;
     float *maxima = call->maxima + task * group, *totals = call->totals + task * group;
-    int64_t bytes = entry_bytes(dim, stored);
+    int64_t key = entry_bytes(dim, of_keys(stored)), value = entry_bytes(dim, stored);
     enum type given = call->type;
     const char *query = call->query + call->row_of[task] * group * dim * size_of(given);
-    if (OPERAND(type) != given) {
+    if (OPERAND(stored) != given) {
         widen(widened, query, group * dim, given);
         query = (const char *)widened;
     }
@@ -249,12 +275,12 @@ INLINE void attend_part(const struct call *call, int64_t task, enum type type, e
     for (int64_t h = 0; h < group; h++) maxima[h] = -INFINITY, totals[h] = 0;
     if (end > row->count) end = row->count;
     for (int64_t t = first; t < end; t += TILE) {
-        const char *keys = row->keys + t * bytes, *values = row->values + t * bytes;
+        const char *keys = row->keys + t * key, *values = row->values + t * value;
         int count = end - t < TILE ? end - t : TILE;
         for (int64_t h = 0; h < group; h += BLOCK) {
 #define ATTEND(heads)                                                                                              \
-    attend_tile(sums + h * dim, maxima + h, totals + h, query + h * dim * size_of(OPERAND(type)), keys, values, count, \
-                dim, call->scale, heads, type, stored)
+    attend_tile(sums + h * dim, maxima + h, totals + h, query + h * dim * size_of(OPERAND(stored)), keys, values, count, \
+                dim, call->scale, heads, stored)
             switch (group - h) { /* constants here, too */
             case 1: ATTEND(1); break;
             case 2: ATTEND(2); break;
@@ -287,10 +313,11 @@ static void work(void *data) {
     int64_t task;
     while ((task = atomic_fetch_add(&call->next, 1)) < call->tasks) {
         switch (call->stored) { /* constants, for which the compiler makes code of its own */
-        case FLOAT32: attend_part(call, task, FLOAT32, FLOAT32); break;
-        case BFLOAT16: attend_part(call, task, BFLOAT16, BFLOAT16); break;
-        case FLOAT16: attend_part(call, task, FLOAT16, FLOAT16); break;
-        default: attend_part(call, task, FLOAT32, INT8);
+        case FLOAT32: attend_part(call, task, FLOAT32); break;
+        case BFLOAT16: attend_part(call, task, BFLOAT16); break;
+        case FLOAT16: attend_part(call, task, FLOAT16); break;
+        case INT8: attend_part(call, task, INT8); break;
+        default: attend_part(call, task, INT4);
         }
         struct row *row = call->rows + call->row_of[task];
         if (atomic_fetch_sub(&row->open, 1) == 1) merge(call, row);
@@ -303,7 +330,7 @@ INLINE int attend(void *out, const void *query, struct row *row, int64_t rows, i
                   enum type type, enum type stored, int threads) {
     int64_t total = 0, tasks = 0;
     for (int64_t r = 0; r < rows; r++) total += row[r].count;
-    threads = worthwhile(threads, total * 2 * entry_bytes(dim, stored));
+    threads = worthwhile(threads, total * (entry_bytes(dim, of_keys(stored)) + entry_bytes(dim, stored)));
     int64_t width = threads == 1 ? total + 1 : total / (PARTS_PER_THREAD * threads) + 1;
     if (width < SHORTEST_PART) width = SHORTEST_PART;
     width = (width + TILE - 1) / TILE * TILE;

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from thinkkv.kernels.arena import Arena, Block
-from thinkkv.kernels.entries import quantize, states_of
+from thinkkv.kernels.entries import entries_of, states_of
 
 QUERY_BLOCK = 512
 """Queries attended at once for a chunk; bounds the mask to ``group * QUERY_BLOCK * T`` booleans."""
@@ -33,8 +33,8 @@ def compact(arena: Arena, keys: torch.Tensor, values: torch.Tensor, kept: Sequen
         for place, row in enumerate(block.index):
             for states, stored in ((keys[row], block.keys[place]), (values[row], block.values[place])):
                 target, whole = stored[: block.length], block.length == states.shape[0]
-                if target.dtype == torch.int8:
-                    target.copy_(quantize(states if whole else states[kept[row]]))
+                if target.dtype != states.dtype:
+                    target.copy_(entries_of(states if whole else states[kept[row]], target.dtype))
                 elif whole:
                     target.copy_(states)
                 else:

@@ -17,7 +17,8 @@ from thinkkv.kernels.ragged_decode import native as kernel
 def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor) -> None:
     """As ``thinkkv.kernels.grouped.append``, and ``arena.lengths`` counts the entries."""
     new = keys.shape[1]
-    if new == 1 and arena.keys.dtype == torch.int8 and not torch.compiler.is_compiling() and quantizing.takes(keys):
+    small = arena.keys.dtype == torch.int8
+    if new == 1 and small and not torch.compiler.is_compiling() and quantizing.takes(keys):
         quantizing.append(keys[:, 0], values[:, 0], arena.keys, arena.values, arena.offsets, arena.lengths)
     elif new == 1:
         ends = arena.offsets + arena.lengths

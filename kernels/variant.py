@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+SMALL_FORMS = {"i8": " int8", "u8": " k8v4"}
+"""How forms that store small entries are called, by the dtype of the entries of values."""
+
 
 @dataclass(frozen=True)
 class Variant:

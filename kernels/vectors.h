@@ -18,8 +18,9 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-enum type { FLOAT32, BFLOAT16, FLOAT16, INT8 };
-#define SCALE_BYTES 4 /* behind the numbers of an int8 entry, see entries.py; nothing else is int8 */
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+enum type { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
+#define SCALE_BYTES 4 /* behind the numbers of a small entry, see entries.py; nothing else is int8 or int4 */
 
 /* What the left side of `products` is in: bfloat16 where the processor multiplies pairs of it and sums in float32. */
 #ifdef __AVX512BF16__
@@ -50,11 +51,30 @@ INLINE void run(void (*work)(void *), void *data, int threads) {
     else IN_PARALLEL(work, data, threads);
 }
 
-INLINE size_t size_of(enum type type) { return type == FLOAT32 ? 4 : 2; }
+INLINE size_t size_of(enum type type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
+
+/* Of one token's key, or value, in one KV head. */
+INLINE int64_t entry_bytes(int64_t dim, enum type stored) {
+    if (stored == INT8) return dim + SCALE_BYTES;
+    return stored == INT4 ? dim / 2 + SCALE_BYTES : dim * (int64_t)size_of(stored);
+}
+
+/* LANES small integers. */
+INLINE vec load_bytes(const char *base) {
+    typedef int8_t bytes __attribute__((vector_size(LANES)));
+    bytes narrow;
+    memcpy(&narrow, base, sizeof narrow);
+#ifdef __AVX2__
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_set_epi64x(0, (int64_t)narrow)));
+#else
+    return __builtin_convertvector(narrow, vec);
+#endif
+}
 
 INLINE vec load(const char *base, int64_t i, enum type type) {
     vec x;
     halves h;
+    if (type == INT8) return load_bytes(base + i);
     if (type == FLOAT32) return memcpy(&x, base + 4 * i, sizeof x), x;
     memcpy(&h, base + 2 * i, sizeof h);
 #ifdef __AVX2__
@@ -70,20 +90,27 @@ INLINE vec load(const char *base, int64_t i, enum type type) {
 #endif
 }
 
-/* LANES small integers. */
-INLINE vec load_bytes(const char *base) {
-    typedef int8_t bytes __attribute__((vector_size(LANES)));
-    bytes narrow;
-    memcpy(&narrow, base, sizeof narrow);
+/* Twice LANES integers of four bits, of as many bytes' low and high halves. */
+INLINE void load_nibbles(vec *low, vec *high, const char *base) {
+    typedef uint8_t bytes __attribute__((vector_size(LANES)));
+    bytes packed;
+    memcpy(&packed, base, sizeof packed);
 #ifdef __AVX2__
-    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_set_epi64x(0, (int64_t)narrow)));
+    ints wide = (ints)_mm256_cvtepu8_epi32(_mm_set_epi64x(0, (int64_t)packed));
 #else
-    return __builtin_convertvector(narrow, vec);
+    ints wide = __builtin_convertvector(packed, ints);
 #endif
+    *low = __builtin_convertvector(wide & 15, vec), *high = __builtin_convertvector(wide >> 4, vec);
 }
 
 INLINE float load_one(const char *base, int64_t i, enum type type) {
     char padded[4 * LANES] = {0};
+    float x;
+    if (type == FLOAT32) return memcpy(&x, base + 4 * i, sizeof x), x;
+#ifdef __F16C__
+    uint16_t half;
+    if (type == FLOAT16) return memcpy(&half, base + 2 * i, sizeof half), _cvtsh_ss(half);
+#endif
     memcpy(padded, base + i * size_of(type), size_of(type));
     return load(padded, 0, type)[0];
 }

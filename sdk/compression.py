@@ -36,13 +36,14 @@ class Compression:
     @property
     def budget_of_entries(self) -> Budget:
         """The budget for tokens as they are stored."""
-        if not self.policy.quantized:
+        if self.policy.stored is None:
             return self.budget
-        sizes = [
-            [entry_bytes(shape.head_dim, self.dtype, quantized=small) for small in (True, False)]
-            for shape in self.shapes
-        ]
-        return replace(self.budget, entry=max(stored / whole for stored, whole in sizes))
+        dims = [shape.head_dim for shape in self.shapes]
+        stored, whole = (
+            [sum(entry_bytes(dim, dtype) for dtype in dtypes) for dim in dims]
+            for dtypes in (self.policy.stored, (self.dtype, self.dtype))
+        )
+        return replace(self.budget, entry=max(small / large for small, large in zip(stored, whole, strict=True)))
 
     def allocate(self, prompt_tokens: int) -> tuple[LayerBudget, ...]:
         """Budgets of all layers for a prompt of this length.

@@ -181,10 +181,8 @@ class HeterogeneousLayer(CacheLayerMixin):
             summaries.append(self._summary(plan, length, first))
             ends += [length] * self.shape.kv_heads
         following = torch.tensor(ends, dtype=torch.int32, device=device)
-        quantized = self.compression.policy.quantized
-        self.store = LayerStore(
-            prompt.keys.flatten(0, 1), prompt.values.flatten(0, 1), kept, following, quantized=quantized
-        )
+        stored = self.compression.policy.stored
+        self.store = LayerStore(prompt.keys.flatten(0, 1), prompt.values.flatten(0, 1), kept, following, stored=stored)
         self.plans = tuple(summaries)
         self.is_initialized = True
 

@@ -71,8 +71,9 @@ def apply(
         budget: instead of a ratio: tokens per KV head on average.
         profile: fixes which heads are heterogeneous instead of telling them apart per prompt; object or folder.
         decode: ``append`` every new token to every head, or keep the heads that are not heterogeneous ``bounded``.
-        cache_dtype: ``int8`` stores tokens in about half the bytes of 16-bit numbers, so that a ratio keeps about twice
-            as many of them; default what the policy says, which is ``model``.
+        cache_dtype: ``int8`` stores tokens in about half the bytes of 16-bit numbers, ``k8v4`` (keys in int8, values in
+            int4) in two fifths, so that a ratio keeps as many more of them; default what the policy says, which is
+            ``model``.
         compiled: whether to compile steps of one new token (``sdk/compiled.py``): the first takes about a minute, the
             others are faster; or the name of another ``torch.compile`` backend than inductor.
 
@@ -289,7 +290,7 @@ def _unwrapped(model: nn.Module) -> PreTrainedModel:
 
 def _resolve_policy(policy: str | Policy | None, profile: HeadProfile | None, cache_dtype: CacheDtype | None) -> Policy:
     if cache_dtype not in (None, *get_args(CacheDtype)):
-        raise BudgetError(f"no cache dtype {cache_dtype!r} - choose {' or '.join(get_args(CacheDtype))}")
+        raise BudgetError(f"no cache dtype {cache_dtype!r} - choose {', '.join(get_args(CacheDtype))}")
     chosen = (
         policy if isinstance(policy, Policy) else policy_named(policy or (profile.policy if profile else "task-kv"))
     )

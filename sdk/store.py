@@ -14,7 +14,7 @@ import torch
 
 from thinkkv.kernels.arena import Arena, Block
 from thinkkv.kernels.dispatch import row_operations
-from thinkkv.kernels.entries import quantize
+from thinkkv.kernels.entries import entries_of
 
 SPARE_TOKENS = 128
 SPARE_SHARE = 16
@@ -118,7 +118,7 @@ class LayerStore:
         kept: Sequence[Kept],
         next_positions: torch.Tensor,
         *,
-        quantized: bool = False,
+        stored: tuple[torch.dtype, torch.dtype] | None = None,
     ) -> None:
         """Fill the rows from a prompt.
 
@@ -126,12 +126,13 @@ class LayerStore:
             keys, values: [R, N, D].
             kept: per row what it holds of them.
             next_positions: [R] int32, by row index: position that the row's next token will have.
-            quantized: store small entries.
+            stored: dtypes of the entries of keys and values (``kernels/entries.py``); None: the model's.
         """
         self.operations = row_operations(keys.device)
         self.traced = row_operations(keys.device, traced=True)
         self.dtype = keys.dtype
-        like = quantize(keys[:, :0]) if quantized else keys
+        key_dtype, value_dtype = stored or (self.dtype, self.dtype)
+        like = entries_of(keys[:, :0], key_dtype), entries_of(values[:, :0], value_dtype)
         self._lay_out(like, [row.positions for row in kept], [row.limit for row in kept], next_positions)
         self.operations.compact(self.arena, keys, values, [row.entries for row in kept])
 
@@ -173,9 +174,8 @@ class LayerStore:
         following = group.next_position()
         group.placed, group.next_placed = group.positions().gather(1, entries), following
         block, count = group.block, entries.shape[1]
-        wanted = entries[:, :, None].expand(-1, -1, block.keys.shape[2])
         for arena in (block.keys, block.values):
-            arena[:, :count] = arena.gather(1, wanted)
+            arena[:, :count] = arena.gather(1, entries[:, :, None].expand(-1, -1, arena.shape[2]))
         self.arena.shorten(block, count)
         self._shrink()
 
@@ -222,7 +222,7 @@ class LayerStore:
 
     def _lay_out(
         self,
-        like: torch.Tensor,
+        like: tuple[torch.Tensor, torch.Tensor],
         positions: Sequence[torch.Tensor],
         limits: Sequence[int | None],
         next_positions: torch.Tensor,
@@ -249,7 +249,7 @@ class LayerStore:
 
     def _rebuild(self, rows: Sequence[Row], next_positions: torch.Tensor) -> None:
         """Store other rows instead, given by row index."""
-        like = self.arena.keys
+        like = self.arena.keys, self.arena.values
         self._lay_out(like, [row.positions for row in rows], [row.limit for row in rows], next_positions)
         for block in self.arena.blocks:
             for place, index in enumerate(block.index):
@@ -268,7 +268,8 @@ class LayerStore:
     def _move(self, spare: int) -> None:
         """Move into an arena with another spare capacity."""
         old = self.arena
-        self.arena = Arena([(block.index, block.length) for block in old.blocks], spare=spare, like=old.keys)
+        blocks = [(block.index, block.length) for block in old.blocks]
+        self.arena = Arena(blocks, spare=spare, like=(old.keys, old.values))
         for group, mine, target in zip(self.groups, old.blocks, self.arena.blocks, strict=True):
             target.keys[:, : mine.length] = mine.keys[:, : mine.length]
             target.values[:, : mine.length] = mine.values[:, : mine.length]

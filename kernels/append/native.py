@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from thinkkv.kernels.c_library import load
-from thinkkv.kernels.c_types import TYPES
+from thinkkv.kernels.c_types import STORED_TYPES, TYPES
 
 LANES, MAX_DIM = 8, 256
 
 _kernel = load(Path(__file__).with_suffix(".c")).append
 _kernel.argtypes = (
-    [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_int]
+    [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_int] * 2
 )
 _kernel.restype = None
 
@@ -40,7 +40,7 @@ def append(
 
     Args:
         new_keys, new_values: [R, D], any strides between rows; what the kernel ``takes``.
-        arena_keys, arena_values: [S, D + 4] int8, written.
+        arena_keys, arena_values: small entries (``thinkkv.kernels.entries``), written.
         offsets: [R] int64, a row's first arena entry.
         lengths: [R] int32, entries in use.
     """
@@ -48,4 +48,5 @@ def append(
         states = states if states.stride(-1) == 1 else states.contiguous()
         rows, dim = states.shape
         places = offsets.data_ptr(), lengths.data_ptr()
-        _kernel(stored.data_ptr(), states.data_ptr(), states.stride(0), *places, rows, dim, TYPES[states.dtype])
+        types = TYPES[states.dtype], STORED_TYPES[stored.dtype]
+        _kernel(stored.data_ptr(), states.data_ptr(), states.stride(0), *places, rows, dim, *types)

@@ -26,7 +26,7 @@ def append(
 
     Args:
         new_keys, new_values: [R, Q, D], any strides.
-        arena_keys, arena_values: [S, D], a layer's storage, written; int8: as small entries.
+        arena_keys, arena_values: [S, D], a layer's storage, written; int8, uint8: as small entries.
         offsets: [R] int64, a row's first arena entry.
         lengths: [R] int32, tokens ever written to a row, raised; with a ring this may pass the row's entries.
         counts: [R] int32, how many of the Q tokens are real, the last ones (left padding); None: all.

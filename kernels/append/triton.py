@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from thinkkv.kernels.variant import Variant
+from thinkkv.kernels.variant import SMALL_FORMS, Variant
 
 BLOCK_TOKENS = 16
 """Tokens that a program copies at once; a decode step has one."""
@@ -23,7 +23,7 @@ def store_entries(
     DIM: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ) -> None:
-    """[BLOCK_T, PADDED_DIM] states, zeros beyond DIM, as they are or as int8 numbers and a scale behind them."""
+    """[BLOCK_T, PADDED_DIM] states, zeros beyond DIM, as they are or as int8 entries (``thinkkv.kernels.entries``)."""
     if QUANTIZED:
         b_states = b_states.to(tl.float32)
         # [BLOCK_T]
@@ -37,6 +37,43 @@ def store_entries(
         tl.store((p_entries + o_byte + DIM).to(tl.pointer_type(tl.float32)), b_scales, mask=m_entry)
     else:
         tl.store(p_entries + o_entry[:, None] * DIM + o_d[None, :], b_states, mask=m_tile)
+
+
+@triton.jit
+def store_int4_entries(
+    p_entries: tl.tensor,
+    o_entry: tl.tensor,
+    o_d: tl.tensor,
+    b_low: tl.tensor,
+    b_high: tl.tensor,
+    m_tile: tl.tensor,
+    m_entry: tl.tensor,
+    DIM: tl.constexpr,
+) -> None:
+    """Both halves of states, [BLOCK_T, PADDED_DIM / 2] each, as int4 entries (``thinkkv.kernels.entries``)."""
+    HALF: tl.constexpr = DIM // 2
+    b_low, b_high = b_low.to(tl.float32), b_high.to(tl.float32)
+    b_smaller, b_larger = tl.minimum(b_low, b_high), tl.maximum(b_low, b_high)
+    # [BLOCK_T]
+    b_least = tl.min(tl.where(m_tile, b_smaller, float("inf")), axis=1)
+    b_most = tl.max(tl.where(m_tile, b_larger, float("-inf")), axis=1)
+    b_least += tl.sum((b_low + b_high) * 0.0, axis=1)  # what is no number is not hidden
+    b_least = b_least.to(tl.float16)
+    b_step = tl.maximum((b_most - b_least.to(tl.float32)) / 15, 5.960464477539063e-08).to(tl.float16)
+    b_bytes = nibbles(b_low, b_least, b_step) | (nibbles(b_high, b_least, b_step) << 4)
+    o_byte = o_entry * (HALF + 4)
+    tl.store(p_entries + o_byte[:, None] + o_d[None, :], b_bytes, mask=m_tile)
+    p_scales = (p_entries + o_byte + HALF).to(tl.pointer_type(tl.float16))
+    tl.store(p_scales, b_step, mask=m_entry)
+    tl.store(p_scales + 1, b_least, mask=m_entry)
+
+
+@triton.jit
+def nibbles(b_states: tl.tensor, b_least: tl.tensor, b_step: tl.tensor) -> tl.tensor:
+    """[BLOCK_T, PADDED_DIM / 2] uint8 numbers of four bits: steps above the least."""
+    b_steps = tl.div_rn(b_states - b_least.to(tl.float32)[:, None], b_step.to(tl.float32)[:, None])
+    b_steps = (b_steps + 12582912.0) - 12582912.0  # rounds as above
+    return tl.minimum(tl.maximum(b_steps, 0.0), 15.0).to(tl.uint8)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -59,6 +96,7 @@ def append_rows(
     PADDED_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    INT4_VALUES: tl.constexpr,
 ) -> None:
     i_row = tl.program_id(0).to(tl.int64)
     entry = tl.load(p_offsets + i_row)
@@ -86,11 +124,20 @@ def append_rows(
         # [BLOCK_T, PADDED_DIM]
         o_keys = i_row * stride_key_row + o_token * stride_key_token
         b_keys = tl.load(p_new_keys + o_keys[:, None] + o_d[None, :], mask=m_tile, other=0.0)
-        # [BLOCK_T, PADDED_DIM]
-        o_values = i_row * stride_value_row + o_token * stride_value_token
-        b_values = tl.load(p_new_values + o_values[:, None] + o_d[None, :], mask=m_tile, other=0.0)
         store_entries(p_keys, entry + o_slot, o_d, b_keys, m_tile, m_token, DIM, QUANTIZED)
-        store_entries(p_values, entry + o_slot, o_d, b_values, m_tile, m_token, DIM, QUANTIZED)
+        o_values = i_row * stride_value_row + o_token * stride_value_token
+        if INT4_VALUES:
+            o_half = tl.arange(0, PADDED_DIM // 2)
+            m_half = m_token[:, None] & (o_half < DIM // 2)[None, :]
+            # [BLOCK_T, PADDED_DIM / 2]
+            p_low = p_new_values + o_values[:, None] + o_half[None, :]
+            b_low = tl.load(p_low, mask=m_half, other=0.0)
+            b_high = tl.load(p_low + DIM // 2, mask=m_half, other=0.0)
+            store_int4_entries(p_values, entry + o_slot, o_half, b_low, b_high, m_half, m_token, DIM)
+        else:
+            # [BLOCK_T, PADDED_DIM]
+            b_values = tl.load(p_new_values + o_values[:, None] + o_d[None, :], mask=m_tile, other=0.0)
+            store_entries(p_values, entry + o_slot, o_d, b_values, m_tile, m_token, DIM, QUANTIZED)
     tl.store(p_lengths + i_row, length + count)
 
 
@@ -113,7 +160,7 @@ def append(
 
     Args:
         new_keys, new_values: [R, Q, D], any strides.
-        arena_keys, arena_values: [S, D] contiguous, a layer's storage, written; int8: as small entries.
+        arena_keys, arena_values: [S, D] contiguous, a layer's storage, written; int8, uint8: as small entries.
         offsets: [R] int64, a row's first arena entry.
         lengths: [R] int32, tokens ever written to a row, raised; with a ring this may pass the row's entries.
         counts: [R] int32, how many of the Q tokens are real, the last ones (left padding); None: all.
@@ -142,6 +189,7 @@ def append(
         PADDED_DIM=triton.next_power_of_2(dim),
         BLOCK_T=block,
         QUANTIZED=arena_keys.dtype == torch.int8,
+        INT4_VALUES=arena_values.dtype == torch.uint8,
         num_warps=warps(block),
         num_stages=1,
     )
@@ -155,26 +203,28 @@ def warps(block: int) -> int:
 def variants() -> list[Variant]:
     """One token and a chunk; plain rows, left-padded rows with rings, and small entries."""
     return [
-        append_variant(dtype, dim, block, ring=ring, quantized=quantized)
+        append_variant(dtype, dim, block, ring=ring, values=values)
         for dtype, dim in (("fp16", 64), ("fp16", 80), ("bf16", 128), ("fp32", 128), ("fp16", 256))
         for block in (1, BLOCK_TOKENS)
-        for ring, quantized in ((False, False), (True, False), (False, True))
+        for ring, values in ((False, dtype), (True, dtype), (False, "i8"), (False, "u8"))
     ]
 
 
-def append_variant(dtype: str, dim: int, block: int, *, ring: bool, quantized: bool) -> Variant:
-    """One form of ``append_rows``; ``ring``: with rings and counts of real tokens."""
-    shape = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK_T": block, "QUANTIZED": quantized}
+def append_variant(dtype: str, dim: int, block: int, *, ring: bool, values: str) -> Variant:
+    """One form of ``append_rows``; ``ring``: with rings and counts of real tokens; ``values``: how they are stored."""
+    keys = dtype if values == dtype else "i8"
+    shape = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK_T": block}
+    shape |= {"QUANTIZED": keys == "i8", "INT4_VALUES": values == "u8"}
     optional = ("p_counts", "p_ring_first", "p_ring_size")
     absent = {} if ring else dict.fromkeys(optional)
     pointers = dict.fromkeys(("p_new_keys", "p_new_values"), f"*{dtype}")
-    pointers |= dict.fromkeys(("p_keys", "p_values"), "*i8" if quantized else f"*{dtype}")
+    pointers |= {"p_keys": f"*{keys}", "p_values": f"*{values}"}
     pointers |= {"p_offsets": "*i64", "p_lengths": "*i32"} | dict.fromkeys(optional, "*i32")
     strides = dict.fromkeys(("stride_key_row", "stride_key_token", "stride_value_row", "stride_value_token"), "i32")
     constexprs = absent | shape
     return Variant(
         operation="append",
-        name=f"append {dtype} D{dim} T{block}{' ring' * ring}{' int8' * quantized}",
+        name=f"append {dtype} D{dim} T{block}{' ring' * ring}{SMALL_FORMS.get(values, '')}",
         kernel=append_rows,
         signature=pointers | strides | {"n_tokens": "i32"} | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,

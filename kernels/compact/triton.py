@@ -27,8 +27,9 @@ def compact_rows(
     stride_key_token: tl.tensor,
     stride_value_row: tl.tensor,
     stride_value_token: tl.tensor,
-    DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ) -> None:
     i_block, i_row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -42,17 +43,18 @@ def compact_rows(
     # [BLOCK_T]
     b_kept = tl.load(p_kept + start + o_entry, mask=m_entry, other=0)
 
-    o_d = tl.arange(0, PADDED_DIM)
-    m_tile = m_entry[:, None] & (o_d < DIM)[None, :]
-    # [BLOCK_T, PADDED_DIM]
+    o_d = tl.arange(0, PADDED_SIZE)
+    m_keys = m_entry[:, None] & (o_d < KEY_SIZE)[None, :]
+    m_values = m_entry[:, None] & (o_d < VALUE_SIZE)[None, :]
+    # [BLOCK_T, PADDED_SIZE]
     o_keys = i_row * stride_key_row + b_kept * stride_key_token
-    b_keys = tl.load(p_source_keys + o_keys[:, None] + o_d[None, :], mask=m_tile)
-    # [BLOCK_T, PADDED_DIM]
+    b_keys = tl.load(p_source_keys + o_keys[:, None] + o_d[None, :], mask=m_keys)
+    # [BLOCK_T, PADDED_SIZE]
     o_values = i_row * stride_value_row + b_kept * stride_value_token
-    b_values = tl.load(p_source_values + o_values[:, None] + o_d[None, :], mask=m_tile)
-    o_tile = (entry + o_entry)[:, None] * DIM + o_d[None, :]
-    tl.store(p_keys + o_tile, b_keys, mask=m_tile)
-    tl.store(p_values + o_tile, b_values, mask=m_tile)
+    b_values = tl.load(p_source_values + o_values[:, None] + o_d[None, :], mask=m_values)
+    o_entry += entry
+    tl.store(p_keys + o_entry[:, None] * KEY_SIZE + o_d[None, :], b_keys, mask=m_keys)
+    tl.store(p_values + o_entry[:, None] * VALUE_SIZE + o_d[None, :], b_values, mask=m_values)
 
 
 def block_tokens(dim: int, element_size: int) -> int:
@@ -74,7 +76,7 @@ def compact(
     """Gather every row's kept tokens, in order, into its arena entries, in place.
 
     Args:
-        keys, values: [R, N, D], a prompt's K and V, any strides.
+        keys, values: [R, N, D], a prompt's K and V, any strides; or small entries of each their own size.
         kept: [total] int64, the kept positions of all rows, one row after another.
         starts: [R + 1] int64, row r's positions are ``kept[starts[r] : starts[r + 1]]``.
         arena_keys, arena_values: [S, D] contiguous, a layer's storage, written.
@@ -83,12 +85,13 @@ def compact(
             device. None: N, which no row of distinct positions passes; programs behind a row's end leave at once.
     """
     rows, tokens, dim = keys.shape
+    largest = max(dim, values.shape[2])
     longest = tokens if longest is None else longest
     if rows == 0 or longest == 0:
         return
     if keys.stride(-1) != 1 or values.stride(-1) != 1:
         keys, values = keys.contiguous(), values.contiguous()
-    block = block_tokens(dim, keys.element_size())
+    block = block_tokens(largest, keys.element_size())
     compact_rows[triton.cdiv(longest, block), rows](
         keys,
         values,
@@ -99,8 +102,9 @@ def compact(
         offsets,
         *keys.stride()[:2],
         *values.stride()[:2],
-        DIM=dim,
-        PADDED_DIM=triton.next_power_of_2(dim),
+        KEY_SIZE=dim,
+        VALUE_SIZE=values.shape[2],
+        PADDED_SIZE=triton.next_power_of_2(largest),
         BLOCK_T=block,
         num_warps=4,
         num_stages=1,
@@ -116,7 +120,8 @@ def variants() -> list[Variant]:
 def compact_variant(dtype: str, dim: int, element_size: int) -> Variant:
     """``compact_rows`` over rows whose strides are multiples of 16 elements."""
     block = block_tokens(dim, element_size)
-    constexprs = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK_T": block}
+    padded = triton.next_power_of_2(dim)
+    constexprs = {"KEY_SIZE": dim, "VALUE_SIZE": dim, "PADDED_SIZE": padded, "BLOCK_T": block}
     sources = dict.fromkeys(("p_source_keys", "p_source_values"), f"*{dtype}")
     indices = {"p_kept": "*i64", "p_starts": "*i64"}
     arenas = {"p_keys": f"*{dtype}", "p_values": f"*{dtype}", "p_offsets": "*i64"}

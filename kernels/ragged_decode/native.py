@@ -12,10 +12,8 @@ from pathlib import Path
 import torch
 
 from thinkkv.kernels.c_library import load
-from thinkkv.kernels.c_types import TYPES
+from thinkkv.kernels.c_types import STORED_TYPES, TYPES
 from thinkkv.kernels.decode_sizes import serves
-
-STORED_TYPES = TYPES | {torch.int8: 3}
 
 _kernel = load(Path(__file__).with_suffix(".c")).ragged_decode
 _kernel.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 3 + [ctypes.c_float] + [ctypes.c_int] * 3
@@ -49,7 +47,7 @@ def ragged_decode(
     tensors = (out, query, arena_keys, arena_values, offsets, lengths)
     pointers = (*(tensor.data_ptr() for tensor in tensors), None if starts is None else starts.data_ptr())
     threads = torch.get_num_threads()
-    types = TYPES[query.dtype], STORED_TYPES[arena_keys.dtype]
+    types = TYPES[query.dtype], STORED_TYPES[arena_values.dtype]
     if not _kernel(*pointers, rows, group, dim, scale, *types, threads):
         raise MemoryError("no memory left to attend to the cache")
     return out

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from thinkkv.kernels.variant import Variant
+from thinkkv.kernels.variant import SMALL_FORMS, Variant
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels below run in Triton's interpreter, whose ``tl.dot`` has no bfloat16: it gets float32 there."""
@@ -60,6 +60,11 @@ QUANTIZED_TILES: Mapping[tuple[int, int], Mapping[int, Tile]] = {
     (4, 128): {16: Tile(16, num_warps=8)},
     (4, 256): {16: Tile(16, num_warps=8, num_stages=1)},
 }
+INT4_TILES: Mapping[tuple[int, int], Mapping[int, Tile]] = {
+    **QUANTIZED_TILES,  # but that unpacking takes registers, too
+    (2, 64): {16: Tile(32, num_stages=1)},
+    (2, 128): {16: Tile(16, num_warps=8, num_stages=1)},
+}
 
 
 @triton.jit
@@ -79,7 +84,7 @@ def load_entries(
     DIM: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ) -> tl.tensor:
-    """[BLOCK_N, PADDED_DIM] states, of entries that are these, or their int8 numbers and a scale behind them."""
+    """[BLOCK_N, PADDED_DIM] states, of entries that are these, or int8 entries (``thinkkv.kernels.entries``)."""
     SIZE: tl.constexpr = DIM + 4 * QUANTIZED
     # An entry's place is 64-bit and scalar, offsets inside a tile fit 32 bits.
     base = place * SIZE
@@ -88,6 +93,24 @@ def load_entries(
         p_scales = (p_entries + base + o_entry * SIZE + DIM).to(tl.pointer_type(tl.float32))
         b_numbers = b_numbers.to(tl.float32) * tl.load(p_scales)[:, None]
     return b_numbers
+
+
+@triton.jit
+def load_int4_entries(
+    p_entries: tl.tensor, place: tl.tensor, o_entry: tl.tensor, o_d: tl.tensor, m_d: tl.tensor, DIM: tl.constexpr
+) -> tl.tensor:
+    """[BLOCK_N, PADDED_DIM] states of int4 entries (``thinkkv.kernels.entries``)."""
+    HALF: tl.constexpr = DIM // 2
+    SIZE: tl.constexpr = HALF + 4
+    p_tile = p_entries + place * SIZE + o_entry * SIZE
+    # Each byte is read for its low and for its high half, from the cache the second time.
+    o_byte = tl.where(o_d < HALF, o_d, o_d - HALF)
+    b_bytes = tl.load(p_tile[:, None] + o_byte[None, :], mask=m_d[None, :], other=0)
+    b_numbers = ((b_bytes >> tl.where(o_d < HALF, 0, 4).to(tl.uint8)[None, :]) & 15).to(tl.float32)
+    p_scales = (p_tile + HALF).to(tl.pointer_type(tl.float16))
+    # [BLOCK_N]
+    b_step, b_least = tl.load(p_scales).to(tl.float32), tl.load(p_scales + 1).to(tl.float32)
+    return tl.where(m_d[None, :], b_numbers * b_step[:, None] + b_least[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["n_queries", "split"])
@@ -112,6 +135,7 @@ def attend_split(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    INT4_VALUES: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,
 ) -> None:
     i_split, i_row, i_block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -169,8 +193,11 @@ def attend_split(
         b_decay = tl.exp2(b_highest - b_level)
         b_total = b_total * b_decay + tl.sum(b_weights.to(tl.float32), axis=1)
         # [BLOCK_N, PADDED_DIM]
-        b_values = load_entries(p_values, entry + begin, o_tile, o_d, m_d, DIM, QUANTIZED).to(b_query.dtype)
-        b_out = b_out * b_decay[:, None] + dot(b_weights, b_values, FLOAT32_DOT)
+        if INT4_VALUES:
+            b_values = load_int4_entries(p_values, entry + begin, o_tile, o_d, m_d, DIM)
+        else:
+            b_values = load_entries(p_values, entry + begin, o_tile, o_d, m_d, DIM, QUANTIZED)
+        b_out = b_out * b_decay[:, None] + dot(b_weights, b_values.to(b_query.dtype), FLOAT32_DOT)
         b_highest = b_higher
 
     b_divisor = tl.where(b_total == 0.0, 1.0, b_total)
@@ -239,6 +266,11 @@ def padded_dim(dim: int) -> int:
     return max(64, triton.next_power_of_2(dim))
 
 
+def tiles_of(values: torch.dtype) -> Mapping[tuple[int, int], Mapping[int, Tile]]:
+    """The tiles by how values are stored."""
+    return {torch.int8: QUANTIZED_TILES, torch.uint8: INT4_TILES}.get(values, TILES)
+
+
 def query_block(slots: int, tiles: Mapping[int, Tile]) -> int:
     """BLOCK_M: the smallest that holds all slots (query heads x new tokens), else the largest."""
     return next((block_m for block_m in tiles if block_m >= slots), max(tiles))
@@ -293,8 +325,8 @@ def ragged_decode(
         return out
     query = query if query.stride(-1) == 1 else query.contiguous()
     starts = None if starts is None else starts.contiguous()
-    padded, quantized = padded_dim(dim), arena_keys.dtype == torch.int8
-    tiles = (QUANTIZED_TILES if quantized else TILES)[query.element_size(), padded]
+    padded = padded_dim(dim)
+    tiles = tiles_of(arena_values.dtype)[query.element_size(), padded]
     block_m = query_block(group * new, tiles)
     blocks = triton.cdiv(group * new, block_m)
     split = split_length(longest, rows, blocks)
@@ -321,7 +353,8 @@ def ragged_decode(
         PADDED_DIM=padded,
         BLOCK_M=block_m,
         BLOCK_N=tiles[block_m].block_n,
-        QUANTIZED=quantized,
+        QUANTIZED=arena_keys.dtype == torch.int8,
+        INT4_VALUES=arena_values.dtype == torch.uint8,
         FLOAT32_DOT=INTERPRETED,
         num_warps=tiles[block_m].num_warps,
         num_stages=tiles[block_m].num_stages,
@@ -358,7 +391,7 @@ def variants() -> list[Variant]:
         found.append(split_variant(dtype, dim, 7, 16, window=True))
         found.append(split_variant(dtype, dim, 7, 16, single=True))
         if (dtype, dim) != ("fp32", 256):  # works, but spills 16 bytes on sm_90
-            found.append(split_variant(dtype, dim, 7, 16, quantized=True))
+            found += [split_variant(dtype, dim, 7, 16, values=values) for values in SMALL_FORMS]
         found.append(merge_variant(dtype, dim))
     return found
 
@@ -371,11 +404,12 @@ def split_variant(
     *,
     window: bool = False,
     single: bool = False,
-    quantized: bool = False,
+    values: str | None = None,
 ) -> Variant:
-    """One form of ``attend_split``; a single split writes the output itself, in its dtype."""
-    padded = padded_dim(dim)
-    tile = (QUANTIZED_TILES if quantized else TILES)[ELEMENT_BYTES[dtype], padded][block_m]
+    """One form of ``attend_split``; a single split writes the output itself, in its dtype; ``values``: as stored."""
+    padded, quantized = padded_dim(dim), values is not None
+    stored = {"i8": torch.int8, "u8": torch.uint8}.get(values or "", torch.float32)
+    tile = tiles_of(stored)[ELEMENT_BYTES[dtype], padded][block_m]
     constexprs = {
         "GROUP": group,
         "DIM": dim,
@@ -383,14 +417,14 @@ def split_variant(
         "BLOCK_M": block_m,
         "BLOCK_N": tile.block_n,
         "QUANTIZED": quantized,
+        "INT4_VALUES": values == "u8",
         "FLOAT32_DOT": False,
     }
     absent = {name: None for name, given in (("p_starts", window), ("p_levels", not single)) if not given}
-    stored = "*i8" if quantized else f"*{dtype}"
     pointers = {
         "p_query": f"*{dtype}",
-        "p_keys": stored,
-        "p_values": stored,
+        "p_keys": "*i8" if quantized else f"*{dtype}",
+        "p_values": f"*{values or dtype}",
         "p_offsets": "*i64",
         "p_lengths": "*i32",
         "p_starts": "*i32",
@@ -399,7 +433,7 @@ def split_variant(
     }
     strides = dict.fromkeys(("stride_row", "stride_head", "stride_token"), "i32")
     plain = {"scale": "fp32", "n_queries": "i32", "split": "i32"}
-    form = " window" * window + " single" * single + " int8" * quantized
+    form = " window" * window + " single" * single + SMALL_FORMS.get(values or "", "")
     return Variant(
         operation="ragged_decode",
         name=f"split {dtype} D{dim} G{group}->{block_m}{form}",

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+
+import torch
 
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
 from thinkkv.sdk.plan import KeepPlan, PromptView
 
-CacheDtype = Literal["model", "int8"]
-"""What keys and values are stored in: the model's dtype, or integers with a scale per token of each head."""
+CacheDtype = Literal["model", "int8", "k8v4"]
+"""What keys and values are stored in: the model's dtype, or integers with a scale per token of each head: int8, or keys
+in int8 and values in int4."""
+
+SMALL_DTYPES: Mapping[CacheDtype, tuple[torch.dtype, torch.dtype]] = {
+    "int8": (torch.int8, torch.int8),
+    "k8v4": (torch.int8, torch.uint8),
+}
+"""Dtypes of small entries of keys and values (``kernels/entries.py``)."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,7 @@ class Policy(ABC):
 
     Args:
         cache_dtype: what kept tokens, and all that follow, are stored in. Tokens in int8 take about half the bytes of
-            16-bit ones (``kernels/entries.py``), so a ratio keeps about twice as many.
+            16-bit ones (``kernels/entries.py``), so a ratio keeps about twice as many; ``k8v4``: two fifths.
     """
 
     name: ClassVar[str]
@@ -39,13 +48,13 @@ class Policy(ABC):
     @property
     def options(self) -> dict[str, Any]:
         """Its named choices; a profile's scores are not among them, nor the usual way of storing."""
-        unsaid = ("head_scores",) if self.quantized else ("head_scores", "cache_dtype")
+        unsaid = ("head_scores",) if self.stored else ("head_scores", "cache_dtype")
         return {name: value for name, value in vars(self).items() if name not in unsaid}
 
     @property
-    def quantized(self) -> bool:
-        """Whether tokens are stored in small entries."""
-        return self.cache_dtype == "int8"
+    def stored(self) -> tuple[torch.dtype, torch.dtype] | None:
+        """Dtypes of the entries of keys and values; None where they have the model's."""
+        return SMALL_DTYPES.get(self.cache_dtype)
 
     @property
     @abstractmethod

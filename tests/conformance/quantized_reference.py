@@ -1,11 +1,11 @@
-"""The dense reference of a cache in int8: what follows a prompt sees keys and values rounded to 255 steps a token.
+"""The dense reference of a cache of small integers: what follows a prompt sees rounded keys and values.
 
 The rounding is written down once more here, in numpy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,10 @@ NAME = "quantized-reference"
 class QuantizedReference(DenseReference):
     """As DenseReference, but tokens after the prompt attend to rounded keys and values."""
 
-    def __init__(self, model: Any, windows: Sequence[int | None]) -> None:
+    def __init__(self, model: Any, windows: Sequence[int | None], cache_dtype: str) -> None:
         super().__init__(model, windows)
+        for layer in self._model.model.layers:
+            layer.self_attn.rounded = ROUNDED[cache_dtype]
         AttentionInterface.register(NAME, _attention)
         self._model.set_attn_implementation(NAME)
 
@@ -33,7 +35,7 @@ class QuantizedReference(DenseReference):
         return super().logits(batch, kept, prompt=prompt)
 
 
-def rounded(states: torch.Tensor) -> torch.Tensor:
+def to_255_steps(states: torch.Tensor) -> torch.Tensor:
     """[..., D] float32, every row as multiples of its largest number's 127th part."""
     exact = states.numpy()
     step = np.abs(exact).max(axis=-1, keepdims=True) / np.float32(127)
@@ -41,12 +43,30 @@ def rounded(states: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.rint(exact / step) * step)
 
 
+def to_16_steps(states: torch.Tensor) -> torch.Tensor:
+    """[..., D] float32, every row in even steps from its least number to its largest, both rounded to float16."""
+    exact = states.numpy()
+    least = exact.min(axis=-1, keepdims=True).astype(np.float16).astype(np.float32)
+    step = ((exact.max(axis=-1, keepdims=True) - least) / np.float32(15)).astype(np.float16).astype(np.float32)
+    step[step == 0] = 2.0**-24  # padding
+    return torch.from_numpy(np.clip(np.rint((exact - least) / step), 0, 15) * step + least)
+
+
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+ROUNDED: dict[str, tuple[Rounding, Rounding]] = {
+    "int8": (to_255_steps, to_255_steps),
+    "k8v4": (to_255_steps, to_16_steps),
+}
+"""Of keys and of values."""
+
+
 def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, None]:
     """[B, T, Hq, D]: columns of the prompt over exact states, the others over rounded ones."""
     outputs = []
-    for states in ((key, value), (rounded(key), rounded(value))):
+    of_keys, of_values = module.rounded
+    for states in ((key, value), (of_keys(key), of_values(value))):
         keys, values = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in states)
         weights = torch.softmax(query @ keys.transpose(2, 3) * options["scaling"] + mask, dim=-1)
         outputs.append((weights @ values).transpose(1, 2))

@@ -1,4 +1,4 @@
-"""Invariants 2 and 3 of a cache in int8: the logits of dense attention to rounded states, and the bytes promised."""
+"""Invariants 2 and 3 of a cache of small integers: logits of dense attention to rounded states, and promised bytes."""
 
 from __future__ import annotations
 
@@ -23,39 +23,42 @@ from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.policies import Policy
 
 BACKENDS = ["native", "torch", "reference", "triton"]
-ROUNDING = 2e-3
+ROUNDING = {"int8": 2e-3, "k8v4": 1e-2}
 """Allowed error of float32 logits: one number that falls on the other side of a half moves them by so much at most."""
-ENTRY = 2 * (HEAD_DIM + 4)
-"""Bytes of a key and a value: an integer a number, and a scale."""
+ENTRY = {"int8": 2 * (HEAD_DIM + 4), "k8v4": HEAD_DIM + HEAD_DIM // 2 + 8}
+"""Bytes of a key and a value: their integers, and four bytes behind each."""
+
+of_both = pytest.mark.parametrize("cache_dtype", ENTRY)
 
 
-def small_int8_policy(name: str, kv_heads: int) -> Policy:
+def quantized(name: str, kv_heads: int, cache_dtype: str) -> Policy:
     policy: Any = small_policy(name, kv_heads)
-    return replace(policy, cache_dtype="int8")
+    return replace(policy, cache_dtype=cache_dtype)
 
 
 @cache
-def quantized_reference(variant: str, kv_heads: int) -> QuantizedReference:
-    return QuantizedReference(Case(variant, kv_heads).model(), windows(variant))
+def quantized_reference(variant: str, kv_heads: int, cache_dtype: str) -> QuantizedReference:
+    return QuantizedReference(Case(variant, kv_heads).model(), windows(variant), cache_dtype)
 
 
-def check(case: Case, policy: str, ratio: float) -> None:
+def check(case: Case, policy: str, ratio: float, cache_dtype: str) -> None:
     """Prompt, tokens, a chunk and tokens again, against dense attention to rounded states."""
     prompt, batch = case.batch(), len(case.lengths)
     following = [*random_tokens(batch, 2), random_chunk((5, 3, 4)[:batch], seed=1), *random_tokens(batch, 2, seed=2)]
-    with sdk.apply(case.model(), policy=small_int8_policy(policy, case.kv_heads), ratio=ratio) as handle:
+    with sdk.apply(case.model(), policy=quantized(policy, case.kv_heads, cache_dtype), ratio=ratio) as handle:
         conversation = Conversation(case.model(), handle.new_cache())
         last = conversation.feed(prompt)[:, -1:]
         kept = conversation.cache.kept_positions()
         found = torch.cat([last, conversation.feed_all(following)], dim=1)
     whole, columns = joined([prompt, *following]), prompt.ids.shape[1]
     real = whole.mask[:, columns - 1 :].bool()
-    expected = quantized_reference(case.variant, case.kv_heads).logits(whole, kept, prompt=columns)
-    assert_close(found[real], expected[real], rms=ROUNDING)
+    expected = quantized_reference(case.variant, case.kv_heads, cache_dtype).logits(whole, kept, prompt=columns)
+    assert_close(found[real], expected[real], rms=ROUNDING[cache_dtype])
     exact = reference_of(case.variant, case.kv_heads, case.dtype).logits(whole, kept, prompt=columns)
     assert relative_rms(found[real], exact[real]) > 2 * relative_rms(found[real], expected[real])
 
 
+@of_both
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("policy", ["full", "task-kv", "adakv"])
 @pytest.mark.parametrize(
@@ -63,15 +66,18 @@ def check(case: Case, policy: str, ratio: float) -> None:
     [Case("llama", 2), Case("qwen3", 1, lengths=(37, 21)), Case("mistral-window", 4, lengths=(45,))],
     ids=str,
 )
-def test_logits_with_every_backend(case: Case, policy: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_with_every_backend(
+    case: Case, policy: str, backend: str, cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("THINKKV_KERNELS", backend)
-    check(case, policy, 0.2)
+    check(case, policy, 0.2, cache_dtype)
 
 
+@of_both
 @pytest.mark.parametrize("policy", NAMES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_of_every_policy_and_family(variant: str, policy: str) -> None:
-    check(Case(variant, kv_heads=4, lengths=(63, 41, 22)), policy, 0.2)
+def test_logits_of_every_policy_and_family(variant: str, policy: str, cache_dtype: str) -> None:
+    check(Case(variant, kv_heads=4, lengths=(63, 41, 22)), policy, 0.2, cache_dtype)
 
 
 @given(
@@ -80,15 +86,23 @@ def test_logits_of_every_policy_and_family(variant: str, policy: str) -> None:
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     length=st.integers(1, 90),
     policy=st.sampled_from(NAMES),
+    cache_dtype=st.sampled_from(sorted(ENTRY)),
     ratio=st.integers(1, 32).map(lambda parts: parts / 32),
     new=st.integers(0, 9),
 )
 def test_a_ratio_is_one_of_bytes(
-    variant: str, kv_heads: int, dtype: torch.dtype, length: int, policy: str, ratio: float, new: int
+    variant: str,
+    kv_heads: int,
+    dtype: torch.dtype,
+    length: int,
+    policy: str,
+    cache_dtype: str,
+    ratio: float,
+    new: int,
 ) -> None:
     case = Case(variant, kv_heads, dtype, (length,))
-    whole = 2 * HEAD_DIM * dtype.itemsize
-    with sdk.apply(case.model(), policy=small_int8_policy(policy, kv_heads), ratio=ratio) as handle:
+    whole, entry = 2 * HEAD_DIM * dtype.itemsize, ENTRY[cache_dtype]
+    with sdk.apply(case.model(), policy=quantized(policy, kv_heads, cache_dtype), ratio=ratio) as handle:
         conversation = Conversation(case.model(), handle.new_cache())
         try:
             conversation.feed(case.batch())
@@ -98,13 +112,13 @@ def test_a_ratio_is_one_of_bytes(
         found = handle.report().bytes
         seen = [length if window is None else min(length, window - 1) for window in case.windows]
         compressed = [policy != "full" and tokens > ALWAYS_KEPT[policy] for tokens in seen]
-        share = min(1.0, ratio * whole / ENTRY)
+        share = min(1.0, ratio * whole / entry)
         promised = [
             math.floor((share if small else 1) * n * kv_heads) for n, small in zip(seen, compressed, strict=True)
         ]
         assert found.full == whole * sum(seen) * kv_heads
-        assert found.promised == ENTRY * sum(promised)
-        assert found.used == ENTRY * sum(len(head) for layer in kept for head in layer[0]) <= found.promised
+        assert found.promised == entry * sum(promised)
+        assert found.used == entry * sum(len(head) for layer in kept for head in layer[0]) <= found.promised
         assert found.used <= ratio * found.full or not all(compressed)
         if new:
             conversation.feed(random_chunk((new,)))
@@ -113,10 +127,11 @@ def test_a_ratio_is_one_of_bytes(
             assert sum(layer.store.arena.nbytes for layer in conversation.cache.layers) == found.physical
 
 
+@of_both
 @pytest.mark.parametrize("policy", ["task-kv", "rehearsed-kv"])
-def test_bounded_rows_choose_among_rounded_tokens(policy: str) -> None:
+def test_bounded_rows_choose_among_rounded_tokens(policy: str, cache_dtype: str) -> None:
     case = Case("llama", kv_heads=4, lengths=(63, 30))
-    with sdk.apply(case.model(), policy=small_int8_policy(policy, 4), ratio=0.2, decode="bounded") as handle:
+    with sdk.apply(case.model(), policy=quantized(policy, 4, cache_dtype), ratio=0.2, decode="bounded") as handle:
         conversation = Conversation(case.model(), handle.new_cache())
         for chunk in [case.batch(), *random_tokens(2, 70), random_chunk((140, 140)), *random_tokens(2, 70)]:
             assert conversation.feed(chunk).isfinite().all()
@@ -124,22 +139,25 @@ def test_bounded_rows_choose_among_rounded_tokens(policy: str) -> None:
     assert found.used == found.planned <= found.promised
 
 
-def test_spare_capacity_is_never_read() -> None:
+@of_both
+def test_spare_capacity_is_never_read(cache_dtype: str) -> None:
     case = Case("qwen3-mixed", kv_heads=4, lengths=(63, 30))
     steps = [*random_tokens(2, 4), random_chunk((5, 5)), random_chunk((4, 2), seed=1), *random_tokens(2, 2, seed=2)]
-    with sdk.apply(case.model(), policy=small_int8_policy("task-kv", 4), ratio=0.3) as handle:
+    with sdk.apply(case.model(), policy=quantized("task-kv", 4, cache_dtype), ratio=0.3) as handle:
         clean, poisoned = (Conversation(case.model(), handle.new_cache()) for _ in range(2))
         for step in [case.batch(), *steps]:
             assert torch.equal(clean.feed(step), poisoned.feed(step))
             for layer in poisoned.cache.layers:
                 for block in layer.store.arena.blocks:
                     for entries in (block.keys, block.values):
-                        entries[:, block.length :] = 127  # all bytes of a scale that overflows
+                        # All bytes of a float32 that overflows, or of a float16 that is none.
+                        entries[:, block.length :] = 127 if entries.dtype == torch.int8 else 255
 
 
-def test_turns_can_be_taken_back() -> None:
+@of_both
+def test_turns_can_be_taken_back(cache_dtype: str) -> None:
     case = Case("llama", kv_heads=2)
-    with sdk.apply(case.model(), policy=small_int8_policy("snapkv", 2), ratio=0.2) as handle:
+    with sdk.apply(case.model(), policy=quantized("snapkv", 2, cache_dtype), ratio=0.2) as handle:
         conversation = Conversation(case.model(), handle.new_cache())
         conversation.feed(case.batch())
         token = random_tokens(1, 1)[0]
@@ -150,5 +168,5 @@ def test_turns_can_be_taken_back() -> None:
 
 
 def test_an_unknown_cache_dtype_is_refused() -> None:
-    with pytest.raises(BudgetError, match="'int4' - choose model or int8"):
+    with pytest.raises(BudgetError, match="'int4' - choose model, int8, k8v4"):
         sdk.apply(Case("llama", 2).model(), cache_dtype="int4")

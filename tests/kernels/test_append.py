@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.kernels.accuracy import DEVICE
 from thinkkv.kernels.append import reference
-from thinkkv.kernels.entries import quantize
+from thinkkv.kernels.c_library import NoKernelError
+from thinkkv.kernels.entries import entries_of, entry_bytes
 
 CAPACITY = 90
 """Entries of every row."""
@@ -39,21 +40,22 @@ class Case:
     dtype: torch.dtype = torch.float32
     counts: tuple[int, ...] | None = None
     rings: tuple[tuple[int, int], ...] | None = None
-    quantized: bool = False
+    stored: tuple[torch.dtype, torch.dtype] | None = None
+    """Dtypes of the entries of keys and values; None: the states themselves."""
 
     def __str__(self) -> str:
         rows = "+".join(map(str, self.lengths))
         counts = "" if self.counts is None else f"-counts{'+'.join(map(str, self.counts))}"
         rings = "" if self.rings is None else "-rings" + "+".join(f"{first}.{size}" for first, size in self.rings)
-        dtype = str(self.dtype).removeprefix("torch.") + "-int8" * self.quantized
+        dtype = str(self.dtype).removeprefix("torch.") + ("" if self.stored is None else f"-{self.stored[1]}")
         return f"N{rows}-Q{self.new}-D{self.dim}{counts}{rings}-{dtype}"
 
     @property
-    def nothing(self) -> torch.Tensor:
-        """An entry that was never written."""
-        if self.quantized:
-            return torch.full((self.dim + 4,), 85, dtype=torch.int8, device=DEVICE)
-        return torch.full((self.dim,), float("nan"), dtype=self.dtype, device=DEVICE)
+    def nothing(self) -> list[torch.Tensor]:
+        """An entry of keys and one of values that were never written."""
+        if self.stored is None:
+            return [torch.full((self.dim,), float("nan"), dtype=self.dtype, device=DEVICE)] * 2
+        return [torch.full((entry_bytes(self.dim, dtype),), 85, dtype=dtype, device=DEVICE) for dtype in self.stored]
 
     def new_tokens(self) -> torch.Tensor:
         """[2, R, Q, D] K and V, tokens before rows in memory."""
@@ -63,7 +65,7 @@ class Case:
 
     def check(self, append: Callable[..., None]) -> None:
         rows, new = len(self.lengths), self.new_tokens()
-        arenas = self.nothing.repeat(2, rows * CAPACITY, 1)
+        arenas = [nothing.repeat(rows * CAPACITY, 1) for nothing in self.nothing]
         # Rows lie in the arena in another order than their numbers.
         offsets = torch.arange(rows, device=DEVICE).flip(0) * CAPACITY
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=DEVICE)
@@ -73,13 +75,14 @@ class Case:
         append(*new, *arenas, offsets, lengths, counts=counts, ring_first=first, ring_size=size)
         written = self.counts or (self.new,) * rows
         assert lengths.tolist() == [old + count for old, count in zip(self.lengths, written, strict=True)]
-        found = arenas.unflatten(1, (rows, CAPACITY)).flip(1)
-        torch.testing.assert_close(found, self.expected(new), rtol=0, atol=0, equal_nan=True)
+        for arena, states, nothing in zip(arenas, new, self.nothing, strict=True):
+            found = arena.unflatten(0, (rows, CAPACITY)).flip(0)
+            expected = self.expected(entries_of(states, arena.dtype), nothing)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
-    def expected(self, new: torch.Tensor) -> torch.Tensor:
-        """[2, R, CAPACITY, D]: each slot holds the newest of the tokens that may live there, if it is a new one."""
-        held = self.nothing.repeat(2, len(self.lengths), CAPACITY, 1)
-        new = quantize(new) if self.quantized else new
+    def expected(self, new: torch.Tensor, nothing: torch.Tensor) -> torch.Tensor:
+        """[R, CAPACITY, ...]: each slot holds the newest of the tokens that may live there, if it is a new one."""
+        held = nothing.repeat(len(self.lengths), CAPACITY, 1)
         for row, old in enumerate(self.lengths):
             count = self.new if self.counts is None else self.counts[row]
             first, size = (CAPACITY, 0) if self.rings is None else self.rings[row]
@@ -88,7 +91,7 @@ class Case:
                 last = first + size if size else CAPACITY
                 tenants = range(slot, old + count, step) if slot < last else range(0)
                 if tenants and tenants[-1] >= old:
-                    held[:, row, slot] = new[:, row, tenants[-1] - old + self.new - count]
+                    held[row, slot] = new[row, tenants[-1] - old + self.new - count]
         return held
 
 
@@ -107,7 +110,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", [*CASES, *(replace(case, quantized=True) for case in CASES)], ids=str)
+SMALL = [(torch.int8, torch.int8), (torch.int8, torch.uint8)]
+
+
+@pytest.mark.parametrize("case", [replace(case, stored=stored) for case in CASES for stored in (None, *SMALL)], ids=str)
 def test_rows_grow_by_the_real_tokens(append: Callable[..., None], case: Case) -> None:
     case.check(append)
 
@@ -142,9 +148,32 @@ def test_a_full_ring_by_hand(append: Callable[..., None]) -> None:
 
 def test_rows_beyond_two_to_the_31_elements(append: Callable[..., None]) -> None:
     # 4.3 GB of addresses, of which one entry in each half is ever touched.
-    arenas = torch.empty(2, 2**31 // 64 + 100, 64, dtype=torch.uint8, device=DEVICE)
-    new = torch.arange(128, dtype=torch.uint8, device=DEVICE).view(2, 1, 1, 64)
+    arenas = torch.empty(2, 2**31 // 68 + 100, 68, dtype=torch.int8, device=DEVICE)
+    new = torch.arange(128.0, device=DEVICE).view(2, 1, 1, 64)
     entry = arenas.shape[1] - 10
     offsets, lengths = torch.tensor([entry], device=DEVICE), torch.tensor([4], dtype=torch.int32, device=DEVICE)
     append(*new, *arenas, offsets, lengths)
-    assert torch.equal(arenas[:, entry + 4], new[:, 0, 0])
+    assert torch.equal(arenas[:, entry + 4], entries_of(new[:, 0, 0], torch.int8))
+
+
+@given(
+    rows=st.integers(1, 5),
+    dim=st.sampled_from([8, 24, 64, 72, 80, 128, 256]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    stored=st.sampled_from(SMALL),
+    magnitude=st.sampled_from([1e-5, 1e-3, 1.0, 300.0]),
+    seed=st.integers(0, 1000),
+)
+def test_the_kernel_in_c_rounds_as_torch_does(
+    rows: int, dim: int, dtype: torch.dtype, stored: tuple[torch.dtype, torch.dtype], magnitude: float, seed: int
+) -> None:
+    native = pytest.importorskip("thinkkv.kernels.append.native", exc_type=NoKernelError, reason="needs a C compiler")
+    generator = torch.Generator().manual_seed(seed)
+    new = (torch.randn(2, rows, dim, generator=generator) * magnitude + magnitude).to(dtype)
+    arenas = [torch.zeros(9 * rows, entry_bytes(dim, kind), dtype=kind) for kind in stored]
+    offsets, lengths = torch.arange(rows).flip(0) * 9, torch.arange(rows, dtype=torch.int32)
+    native.append(*new, *arenas, offsets, lengths)
+    for arena, states, kind in zip(arenas, new, stored, strict=True):
+        expected = torch.zeros_like(arena)
+        expected[offsets + lengths] = entries_of(states, kind)
+        assert torch.equal(arena, expected)

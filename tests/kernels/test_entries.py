@@ -2,50 +2,75 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkkv.kernels.entries import LARGEST, SCALE_BYTES, entry_bytes, quantize, states_of
+from thinkkv.kernels.entries import LARGEST, SCALE_BYTES, STEPS, entries_of, entry_bytes, states_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALL = [torch.int8, torch.uint8]
+"""Dtypes of int8 and of int4 entries."""
 
 
+def half_a_step(states: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """[..., 1] float64: by how much a number of an entry may be off."""
+    exact = states.double()
+    if stored == torch.int8:
+        return exact.abs().amax(dim=-1, keepdim=True) / LARGEST / 2
+    least, most = exact.aminmax(dim=-1, keepdim=True)
+    # Step and least number are rounded to float16 themselves, the step up to STEPS times.
+    return (most - least) / STEPS / 2 + (most - least + least.abs()) * 2**-11 + STEPS * 2**-24
+
+
+@pytest.mark.parametrize("stored", SMALL, ids=str)
 @given(
     shape=st.lists(st.integers(0, 5), max_size=3),
     dim=st.sampled_from([4, 16, 64, 80, 128]),
     dtype=st.sampled_from(DTYPES),
     magnitude=st.sampled_from([1e-3, 1.0, 300.0]),
+    mean=st.sampled_from([0.0, -3.0, 200.0]),
     seed=st.integers(0, 1000),
 )
 def test_no_number_is_off_by_more_than_half_a_step(
-    shape: list[int], dim: int, dtype: torch.dtype, magnitude: float, seed: int
+    stored: torch.dtype, shape: list[int], dim: int, dtype: torch.dtype, magnitude: float, mean: float, seed: int
 ) -> None:
-    states = (torch.randn(*shape, dim, generator=torch.Generator().manual_seed(seed)) * magnitude).to(dtype)
-    entries = quantize(states)
-    assert entries.shape == (*shape, dim + SCALE_BYTES)
-    assert entries.dtype == torch.int8
-    assert entries[..., 0].numel() * entry_bytes(dim, dtype, quantized=True) == entries.nbytes
-    step = states.double().abs().amax(dim=-1, keepdim=True) / LARGEST
-    assert ((states_of(entries, torch.float32).double() - states.double()).abs() <= step * 0.5001).all()
+    states = (torch.randn(*shape, dim, generator=torch.Generator().manual_seed(seed)) * magnitude + mean).to(dtype)
+    entries = entries_of(states, stored)
+    assert entries.shape == (*shape, (dim if stored == torch.int8 else dim // 2) + SCALE_BYTES)
+    assert entries.dtype == stored
+    assert entries[..., 0].numel() * entry_bytes(dim, stored) == entries.nbytes
+    error = (states_of(entries, torch.float32).double() - states.double()).abs()
+    assert (error <= half_a_step(states, stored) * 1.0002).all()
     assert states_of(entries, dtype).dtype == dtype
+
+
+def test_int4_numbers_lie_two_to_a_byte_behind_them_step_and_least() -> None:
+    states = torch.tensor([-2.0, -1.5, 0.0, 5.5, 1.0, 2.0, 3.0, 4.0])
+    entry = entries_of(states, torch.uint8).numpy()
+    assert [[byte & 15, byte >> 4] for byte in entry[:4].tolist()] == [[0, 6], [1, 8], [4, 10], [15, 12]]
+    assert entry[4:].view(np.float16).tolist() == [0.5, -2.0]
+    assert torch.equal(states_of(torch.from_numpy(entry), torch.float32), states)
 
 
 def test_states_are_their_own_entries() -> None:
     states = torch.randn(3, 64)
-    assert states_of(states, torch.float32) is states
-    assert entry_bytes(64, torch.bfloat16, quantized=False) == states.bfloat16().nbytes // 3
+    assert states_of(states, torch.float32) is entries_of(states, torch.float32) is states
+    assert entry_bytes(64, torch.bfloat16) == states.bfloat16().nbytes // 3
 
 
-def test_zeros_stay_zeros() -> None:
-    assert not states_of(quantize(torch.zeros(2, 64)), torch.float32).any()
+@pytest.mark.parametrize("stored", SMALL, ids=str)
+def test_zeros_stay_zeros(stored: torch.dtype) -> None:
+    assert not states_of(entries_of(torch.zeros(2, 64), stored), torch.float32).any()
 
 
-@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_what_is_no_number_is_not_hidden_and_stays_in_its_token(odd: float) -> None:
+@pytest.mark.parametrize("stored", SMALL, ids=str)
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_is_not_hidden_and_stays_in_its_token(odd: float, stored: torch.dtype) -> None:
     states = torch.ones(3, 64)
     states[1, 5] = odd
-    read = states_of(quantize(states), torch.float32)
+    read = states_of(entries_of(states, stored), torch.float32)
     assert not read[1].isfinite().all()
     assert read[[0, 2]].isfinite().all()

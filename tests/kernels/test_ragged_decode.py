@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.conformance.closeness import assert_close
 from tests.kernels.accuracy import DEVICE, RMS
-from thinkkv.kernels.entries import quantize, states_of
+from thinkkv.kernels.entries import entries_of, states_of
 from thinkkv.kernels.ragged_decode import reference
 
 GAP = 3
@@ -139,13 +139,15 @@ def test_attention_equals_a_masked_float64_softmax(attend: Callable[..., torch.T
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("values", [torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize("dtype", RMS, ids=str)
 @pytest.mark.parametrize("case", [*DECODE, *CHUNKS, *SPLITS, *WINDOWS], ids=str)
 def test_small_entries_are_attended_as_what_they_stand_for(
-    attend: Callable[..., torch.Tensor], case: Case, dtype: torch.dtype
+    attend: Callable[..., torch.Tensor], case: Case, dtype: torch.dtype, values: torch.dtype
 ) -> None:
     arguments = replace(case, dtype=dtype).arguments()
-    small = {name: quantize(arguments[name]) for name in ("arena_keys", "arena_values")}
+    stored = {"arena_keys": torch.int8, "arena_values": values}
+    small = {name: entries_of(arguments[name], dtype) for name, dtype in stored.items()}
     exactly = {name: states_of(entries, torch.float32) for name, entries in small.items()}
     assert_close(attend(**arguments | small), exact(arguments | exactly), rms=2 * RMS[dtype])
 

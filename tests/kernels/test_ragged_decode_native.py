@@ -15,7 +15,7 @@ from tests.kernels.accuracy import RMS
 from thinkkv.kernels import c_library, native
 from thinkkv.kernels.arena import Arena
 from thinkkv.kernels.c_library import NoKernelError
-from thinkkv.kernels.entries import quantize, states_of
+from thinkkv.kernels.entries import entries_of, states_of
 from thinkkv.kernels.ragged_decode import native as kernel
 
 
@@ -60,7 +60,7 @@ def random_rows(lengths: list[int], dim: int, dtype: torch.dtype, seed: int) -> 
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     threads=st.integers(1, 3),
     windowed=st.booleans(),
-    quantized=st.booleans(),
+    small=st.sampled_from([None, torch.int8, torch.uint8]),
     seed=st.integers(0, 1000),
 )
 def test_equals_float64(
@@ -70,13 +70,13 @@ def test_equals_float64(
     dtype: torch.dtype,
     threads: int,
     windowed: bool,
-    quantized: bool,
+    small: torch.dtype | None,
     seed: int,
 ) -> None:
     keys, values, *places = random_rows(lengths, dim, dtype, seed)
     rows = exact = keys, values, *places
-    if quantized:
-        rows = quantize(keys), quantize(values), *places
+    if small is not None:  # the dtype of the values' entries
+        rows = entries_of(keys, torch.int8), entries_of(values, small), *places
         exact = *(states_of(entries, torch.float32) for entries in rows[:2]), *places
     generator = torch.Generator().manual_seed(seed + 1)
     query = torch.randn(len(lengths), group, 1, dim, generator=generator).to(dtype)
@@ -135,7 +135,7 @@ UNFIT = {
 def test_what_it_is_not_made_for_goes_to_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     query = torch.randn(shape, dtype=dtype)
     assert not kernel.takes(query)
-    arena = Arena([([0, 1], 9)], spare=4, like=query)
+    arena = Arena([([0, 1], 9)], spare=4, like=(query, query))
     arena.keys.normal_()
     arena.values.normal_()
     rows = arena.keys, arena.values, arena.offsets, arena.lengths
@@ -145,7 +145,7 @@ def test_what_it_is_not_made_for_goes_to_torch(shape: tuple[int, ...], dtype: to
 
 
 def test_gradients_reach_the_query() -> None:
-    arena = Arena([([0, 1], 9)], spare=4, like=torch.empty(0, 64))
+    arena = Arena([([0, 1], 9)], spare=4, like=(torch.empty(0, 64),) * 2)
     arena.keys.normal_()
     arena.values.normal_()
     query = torch.randn(2, 3, 1, 64, requires_grad=True)

@@ -11,7 +11,7 @@ from tests.kernels.accuracy import RMS
 from thinkkv.kernels import grouped
 from thinkkv.kernels.arena import Arena
 from thinkkv.kernels.dispatch import RowOperations, row_operations
-from thinkkv.kernels.entries import SCALE_BYTES, states_of
+from thinkkv.kernels.entries import entry_bytes, states_of
 
 BACKENDS = ["torch", "native", "reference", "triton"]
 
@@ -43,13 +43,18 @@ def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return row_operations("cpu")
 
 
-def arena_of(lengths: tuple[int, ...], dim: int, dtype: torch.dtype, spare: int = 20) -> Arena:
-    """An arena full of NaN for rows of these lengths."""
+SMALL = [(torch.int8, torch.int8), (torch.int8, torch.uint8)]
+"""Dtypes of small entries of keys and values."""
+
+
+def arena_of(lengths: tuple[int, ...], dim: int, kinds: tuple[torch.dtype, torch.dtype], spare: int = 20) -> Arena:
+    """An arena full of NaN, or of huge numbers, for rows of these lengths."""
     alike = {length: [i for i, other in enumerate(lengths) if other == length] for length in sorted(set(lengths))}
     blocks = [(alike[length], length) for length in sorted(alike, reverse=True)]
-    arena = Arena(blocks, spare=spare, like=torch.empty(0, dim, dtype=dtype))
+    keys, values = (torch.empty(0, entry_bytes(dim, dtype) // dtype.itemsize, dtype=dtype) for dtype in kinds)
+    arena = Arena(blocks, spare=spare, like=(keys, values))
     for entries in (arena.keys, arena.values):
-        entries.fill_(127 if dtype == torch.int8 else float("nan"))
+        entries.fill_({torch.int8: 127, torch.uint8: 255}.get(entries.dtype, float("nan")))
     return arena
 
 
@@ -98,7 +103,7 @@ def test_rows_are_filled_extended_and_attended(
     keys, values = drawn(rows, prompt, shape.dim), drawn(rows, prompt, shape.dim)
     held = tuple(max(0, length - shape.new) for length in shape.lengths)
     kept = [torch.randperm(prompt, generator=generator)[:count].sort().values for count in held]
-    arena = arena_of(held, shape.dim, dtype)
+    arena = arena_of(held, shape.dim, (dtype, dtype))
     operations.compact(arena, keys, values, kept)
     for row, (found_keys, found_values) in enumerate(stored(arena)):
         assert torch.equal(found_keys, keys[row, kept[row]])
@@ -125,10 +130,11 @@ def test_rows_are_filled_extended_and_attended(
     assert not found[~sees].any()
 
 
+@pytest.mark.parametrize("kinds", SMALL, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_small_entries_are_filled_extended_and_attended(
-    shape: Shape, dtype: torch.dtype, operations: RowOperations
+    shape: Shape, dtype: torch.dtype, kinds: tuple[torch.dtype, torch.dtype], operations: RowOperations
 ) -> None:
     generator = torch.Generator().manual_seed(sum(shape.lengths))
     rows, prompt = len(shape.lengths), max(shape.lengths)
@@ -136,14 +142,17 @@ def test_small_entries_are_filled_extended_and_attended(
     new = torch.randn(2, shape.new, rows, shape.dim, generator=generator).to(dtype).transpose(1, 2)
     held = tuple(max(0, length - shape.new) for length in shape.lengths)
     kept = [torch.randperm(prompt, generator=generator)[:count].sort().values for count in held]
-    arena = arena_of(held, shape.dim + SCALE_BYTES, torch.int8)
+    arena = arena_of(held, shape.dim, kinds)
     operations.compact(arena, *states, kept)
     operations.append(arena, *new)
     arena.lengthen(shape.new, counted=operations.counting)
     for row, found in enumerate(stored(arena)):
         for kind in range(2):
             exact = torch.cat([states[kind, row, kept[row]], new[kind, row]]).float()
+            least, most = exact.aminmax(dim=-1, keepdim=True)
             half_a_step = exact.abs().amax(dim=-1, keepdim=True) / 254
+            if kinds[kind] == torch.uint8:
+                half_a_step = (most - least) / 30 + (most - 2 * least) * 2**-11
             assert ((found[kind] - exact).abs() <= half_a_step * 1.001).all()
     query = torch.randn(rows, shape.group, shape.new, shape.dim, generator=generator).to(dtype)
     expected, sees = attended(arena, query, 0.3, None)
@@ -153,21 +162,24 @@ def test_small_entries_are_filled_extended_and_attended(
     assert not found[~sees].any()
 
 
+@pytest.mark.parametrize("kinds", SMALL, ids=str)
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_what_is_no_number_is_not_hidden_in_a_small_entry(odd: float, operations: RowOperations) -> None:
-    arena = arena_of((2, 2), 64 + SCALE_BYTES, torch.int8)
+def test_what_is_no_number_is_not_hidden_in_a_small_entry(
+    odd: float, kinds: tuple[torch.dtype, torch.dtype], operations: RowOperations
+) -> None:
+    arena = arena_of((2, 2), 64, kinds)
     operations.compact(arena, *torch.ones(2, 2, 2, 64), [torch.arange(2)] * 2)
     new = torch.ones(2, 2, 1, 64)
     new[:, 1, 0, 7] = odd
     operations.append(arena, *new)
     arena.lengthen(1, counted=operations.counting)
-    (_, sound), (_, unsound) = stored(arena)
-    assert sound.isfinite().all()
-    assert not unsound[2].isfinite().all()
+    for sound, unsound in zip(*stored(arena), strict=True):
+        assert sound.isfinite().all()
+        assert not unsound[2].isfinite().all()
 
 
 def test_rows_of_length_zero_give_zeros(operations: RowOperations) -> None:
-    arena = arena_of((0, 3, 0), 64, torch.float32)
+    arena = arena_of((0, 3, 0), 64, (torch.float32, torch.float32))
     operations.compact(arena, torch.randn(3, 4, 64), torch.randn(3, 4, 64), [torch.arange(n) for n in (0, 3, 0)])
     query = torch.randn(3, 2, 1, 64)
     found = operations.ragged_decode(arena, query, scale=0.3)
@@ -178,7 +190,7 @@ def test_rows_of_length_zero_give_zeros(operations: RowOperations) -> None:
 @pytest.mark.parametrize("block", [1, 4, 16, 17, 64])
 def test_chunks_longer_than_a_query_block_are_attended_whole(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "QUERY_BLOCK", block)
-    arena = arena_of((40, 40, 21), 64, torch.float32)
+    arena = arena_of((40, 40, 21), 64, (torch.float32, torch.float32))
     prompt = torch.randn(2, 3, 40, 64)
     grouped.compact(arena, *prompt, [torch.arange(n) for n in (40, 40, 21)])
     query = torch.randn(3, 3, 17, 64)
@@ -194,7 +206,7 @@ def test_chunks_longer_than_a_query_block_are_attended_whole(block: int, monkeyp
 def test_rows_split_over_threads_are_attended_whole(length: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "SHORTEST_PART", 20)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    arena = arena_of((length, 9, length, length, length), 64, torch.float32)
+    arena = arena_of((length, 9, length, length, length), 64, (torch.float32, torch.float32))
     prompt = torch.randn(2, 5, length, 64)
     grouped.compact(arena, *prompt, [torch.arange(n) for n in (length, 9, length, length, length)])
     query = torch.randn(5, 3, 1, 64)

@@ -143,9 +143,10 @@ def test_generate_stores_more_tokens_in_the_same_bytes(thinkkv, checkpoint):
         assert done.code == 0
         return done.json["bytes"]["used"], done.json["bytes"]["full"]
 
-    (stored, full), (small, same) = used(), used("--cache-dtype", "int8")
-    assert stored == full == same
+    (stored, full), (small, same), (smaller, too) = used(), used("--cache-dtype", "int8"), used("--cache-dtype", "k8v4")
+    assert stored == full == same == too
     assert full / 4 < small < full / 2.5  # the checkpoint is in float32
+    assert full / 5.5 < smaller < full / 3
 
 
 def test_generate_reads_standard_input_and_files(thinkkv, checkpoint, tmp_path, monkeypatch):
