@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Of the processes that tests start, too: tests run side by side, and threads that wait for a core spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
