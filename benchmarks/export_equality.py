@@ -35,7 +35,7 @@ from thinkkv.sdk.hidden_facts import builtin_prompts
 from thinkkv.sdk.policies import policy_named
 from thinkkv.sdk.profile import SCORES, score_for
 
-QUICK = {"prompts": [300], "new": 20, "scored": 32, "quantize": ["none"], "profile": RETRIEVAL}
+QUICK = {"prompts": [300], "new": 20, "before": 800, "scored": 32, "quantize": ["none"], "profile": RETRIEVAL}
 TEXT = Path(sdk.__path__[0]) / "prompts" / "demo.txt"
 
 
@@ -57,6 +57,8 @@ def main() -> None:
     starts = range(0, 97 * len(arguments.prompts), 97)
     prompts = [ids[start : start + length] for start, length in zip(starts, arguments.prompts, strict=True)]
     expected = [_torch(baked, prompt, arguments.new) for prompt in prompts]
+    prompt, following = ids[-arguments.before - arguments.scored : -arguments.scored], ids[-arguments.scored :]
+    full = _full_cache_perplexity(baked, prompt, following)
     rows = []
     for quantize in arguments.quantize:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
@@ -64,10 +66,10 @@ def main() -> None:
             for native in (False, True):
                 session = Session(Path(folder), threads=torch.get_num_threads(), native=native)
                 setting = {"quantize": quantize, "native": native}
-                for prompt, tokens in zip(prompts, expected, strict=True):
-                    rows.append(_compare(baked, session, prompt, tokens) | setting)
+                for asked, tokens in zip(prompts, expected, strict=True):
+                    rows.append(_compare(baked, session, asked, tokens) | setting)
                     print(rows[-1], flush=True)
-                rows.append(_perplexity(baked, session, ids, arguments.scored) | setting)
+                rows.append(_perplexity(baked, session, prompt, following, full) | setting)
                 print(rows[-1], flush=True)
     for found in _gguf(baked, tokenizer, prompts, arguments):
         rows.append(found)
@@ -100,23 +102,30 @@ def _compare(baked: Baked, session: Session, prompt: list[int], expected: list[i
     }
 
 
-def _perplexity(baked: Baked, session: Session, ids: list[int], scored: int) -> dict[str, Any]:
-    """Of the text's last ``scored`` tokens after the rest as prompt: bundle, and PyTorch with the full cache."""
-    slots = slots_of(baked.block)
-    prompt, following = ids[-scored - 2500 : -scored], ids[-scored:]
-    conversation = session.start(len(prompt) + scored, slots)
+def _perplexity(baked: Baked, session: Session, prompt: list[int], following: list[int], full: float) -> dict[str, Any]:
+    """Of the tokens that follow a prompt: the bundle's, and with it PyTorch's with the full cache."""
+    conversation = session.start(len(prompt) + len(following), slots_of(baked.block))
     steps = [prompt, *([token] for token in following[:-1])]
     exported = torch.from_numpy(np.stack([conversation.feed(step) for step in steps]))
-    with torch.inference_mode():
-        all_ids = torch.tensor([prompt + following])
-        logits = baked.model(all_ids, use_cache=False, logits_to_keep=scored + 1).logits[0, :-1]
-    loss, full = (torch.nn.functional.cross_entropy(of.double(), torch.tensor(following)) for of in (exported, logits))
     return {
-        "perplexity": round(loss.exp().item(), 3),
-        "perplexity_full_cache_float32": round(full.exp().item(), 3),
-        "scored": scored,
+        "perplexity": _predicted(exported, following),
+        "perplexity_full_cache_float32": full,
+        "scored": len(following),
         "prompt_tokens": len(prompt),
     }
+
+
+@torch.inference_mode()
+def _full_cache_perplexity(baked: Baked, prompt: list[int], following: list[int]) -> float:
+    """Of the same tokens in PyTorch."""
+    ids = torch.tensor([prompt + following])
+    logits = baked.model(ids, use_cache=False, logits_to_keep=len(following) + 1).logits
+    return _predicted(logits[0, :-1], following)
+
+
+def _predicted(logits: torch.Tensor, tokens: list[int]) -> float:
+    """Perplexity of tokens that logits, [tokens, V], predict."""
+    return round(torch.nn.functional.cross_entropy(logits.double(), torch.tensor(tokens)).exp().item(), 3)
 
 
 def _gguf(
@@ -163,6 +172,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--prompts", type=numbers, default=[500, 1200, 2500, 4500, 6000], help="lengths in tokens")
     parser.add_argument("--new", type=int, default=200)
+    parser.add_argument("--before", type=int, default=2500, help="tokens of text before those that are scored")
     parser.add_argument("--scored", type=int, default=512)
     parser.add_argument("--quantize", type=lambda text: text.split(","), default=["none", "int8", "int4"])
     parser.add_argument("--scratch", type=Path, help="folder for the bundles")
