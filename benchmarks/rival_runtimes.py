@@ -32,7 +32,15 @@ from thinkkv.sdk.cli import main as thinkkv
 from thinkkv.sdk.evaluation.scoring import share_found
 
 RIVALS = Path(__file__).with_name("rivals")
-QUICK = {"contexts": [600], "rounds": 1, "samples": 2, "tasks": "niah-single", "context": 600}
+QUICK = {
+    "contexts": [600],
+    "rounds": 1,
+    "new": 8,
+    "threads": 1,
+    "samples": 1,
+    "tasks": "niah-single",
+    "context": 600,
+}
 Row = dict[str, Any]
 
 
@@ -142,7 +150,7 @@ def _speeds(options: argparse.Namespace) -> Iterator[Row]:
                 key = {"setting": setting.name, "threads": options.threads, "context": context, "round": number}
                 if any(key.items() <= row.items() for row in done):
                     continue
-                said = _run(options, setting, context, "speed", "--context", context)
+                said = _run(options, setting, context, "speed", "--context", context, "--new", options.new)
                 done.append(key | json.loads(said.splitlines()[-1]))
                 with measured.open("a") as file:
                     file.write(json.dumps(done[-1]) + "\n")
@@ -194,7 +202,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--contexts", type=lambda text: [int(part) for part in text.split(",")], default=[2048, 7900])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="a look: one short prompt, two samples")
+    parser.add_argument("--new", type=int, default=48, help="decode steps that are timed")
+    parser.add_argument("--quick", action="store_true", help="a look: one short prompt, one sample, one thread")
     parser.add_argument("--here", action="store_true", help="no venvs: the runtimes that are installed here")
     parser.add_argument("--folder", type=Path, required=True, help="where venvs, models and measurements are kept")
     parser.add_argument("--out", type=Path)
