@@ -37,7 +37,7 @@ def parser(about: str | None, *, tasks: str, ratio: str = "") -> argparse.Argume
     found.add_argument("--context", type=int, default=2000)
     found.add_argument("--samples", type=int, default=25)
     found.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    found.add_argument("--quick", action="store_true", help="a look: 600 tokens, one sample, below 3 minutes")
+    found.add_argument("--quick", action="store_true", help="a look: 600 tokens, one sample, one ratio; below a minute")
     found.add_argument("--profile", type=Path, default=RETRIEVAL, help="for retrieval; calibrated if of another model")
     return found
 
@@ -46,6 +46,8 @@ def quick(options: argparse.Namespace) -> argparse.Namespace:
     """The options of a look, where one is wanted."""
     if options.quick:
         options.tasks = options.tasks.partition(",")[0]
+        if "ratio" in options:
+            options.ratio = options.ratio.partition(",")[0]
         options.context, options.samples = 600, 1
         options.out = QUICK if options.out == RESULTS else options.out
     return options

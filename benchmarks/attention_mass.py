@@ -62,11 +62,11 @@ class MassScorer(HeadScorer):
         return mass.unflatten(0, (prompt.kv_heads, -1)).amax(dim=1)
 
 
-def attention_mass(model: Any, tokenizer: Any) -> tuple[tuple[float, ...], ...]:
-    """[layers][KV heads]: the mean over the tables."""
+def attention_mass(model: Any, tokenizer: Any, *, tables: int = TABLES) -> tuple[tuple[float, ...], ...]:
+    """[layers][KV heads]: the mean over so many tables."""
     found = [
         head_scores(model, table.ids, MassScorer(len(table.ids), table.answer_queries, table.answer_positions))
-        for table in code_tables(tokenizer)
+        for table in code_tables(tokenizer, tables=tables)
     ]
     return tuple(map(tuple, torch.tensor(found).mean(dim=0).tolist()))
 

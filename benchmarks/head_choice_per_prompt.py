@@ -1,7 +1,7 @@
 """Task-KV's own choice of heads, made for each prompt within each layer, beside other choices with the same bytes.
 
     python benchmarks/head_choice_per_prompt.py         # about an hour on two cores; a killed run goes on
-    python benchmarks/head_choice_per_prompt.py --quick
+    python benchmarks/head_choice_per_prompt.py --quick # a look, below a minute
 
 At half of the bytes one KV head of SmolLM2's three is full in every layer: the one farthest from the semantic center of
 this prompt (``farthest``, Task-KV), the nearest one (``nearest``), the one that is farthest on average
@@ -46,7 +46,7 @@ def settings(model: Any, tokenizer: Any, options: Namespace) -> list[Setting]:
         "farthest-profile": TaskKV(head_scores=average),
         "elimination": TaskKV(head_scores=retrieval_scores(model, tokenizer, options.profile)),
     }
-    for seed in range(CHANCES):
+    for seed in range(1 if options.quick else CHANCES):
         chance = random.Random(seed)
         one[f"random-{seed}"] = TaskKV(head_scores=tuple(tuple(chance.random() for _ in layer) for layer in average))
     two_of_three = TaskKV(beta=2 / 3, top_layer_heads=2)

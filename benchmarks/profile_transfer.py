@@ -1,7 +1,7 @@
 """Does a profile of one kind of task serve another? Task-KV's classes per prompt, and fixed by prompts of three kinds.
 
     python benchmarks/profile_transfer.py               # about half an hour on two cores; a killed run goes on
-    python benchmarks/profile_transfer.py --quick       # a look, below 3 minutes
+    python benchmarks/profile_transfer.py --quick       # a look, below a minute
 
 ``task-kv`` tells its full heads apart for each prompt. ``profile-TASK`` fixes them by the mean distance from the
 semantic center over eight prompts of that task, of another seed than the samples. Everything else is the same.
