@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from thinkkv.sdk.evaluation.runner import Cell, Evaluation
 
 TASKS = "niah-single,niah-multikey,niah-multivalue,variable-tracking,word-count,passkey,haystack-reasoning,perplexity"
-QUICK = {"tasks": "niah-single,passkey,perplexity", "contexts": "1000", "samples": 4, "policies": "full,task-kv,snapkv"}
+QUICK = {"tasks": "niah-single,passkey,perplexity", "contexts": "600", "samples": 2, "policies": "full,task-kv,snapkv"}
 QUESTIONS: Mapping[str, Sequence[Literal["in-window", "after"]]] = {
     "both": ("in-window", "after"),
     "in-window": ("in-window",),
@@ -50,7 +50,7 @@ Examples:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the samples.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Prompts at once.")
-@click.option("--quick", is_flag=True, help="A look: three tasks, 1,000 tokens, 4 samples; below 3 minutes.")
+@click.option("--quick", is_flag=True, help="A look: three tasks, 600 tokens, 2 samples; below a minute.")
 @dtype_option
 @json_option
 def evaluate(
