@@ -23,8 +23,9 @@ PACKAGES := sdk patches kernels recipes export
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py
 
+# Files are handed out in order, not by their number of tests: tests/benchmarks, few and slow, first, short files last.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

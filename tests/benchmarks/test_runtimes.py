@@ -1,0 +1,31 @@
+"""Speed and memory of runtimes, side by side: the quick forms' rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_all_runtimes_are_measured(run: Any, tmp_path: Path) -> None:
+    rows = {row["setting"]: row for row in run("export_speed", "rows.json", "--folder", tmp_path / "speed")}
+    assert len(rows) == 8
+    assert 2 * rows["ours-int4-native-float16"]["cache_bytes"] == rows["ours-int4-native"]["cache_bytes"]
+    assert all(row["decode_tokens_per_second"] > 1 < row["prefill_tokens_per_second"] for row in rows.values())
+    assert all(row["peak_rss_bytes"] > row["cache_bytes"] > 0 for row in rows.values())
+
+
+def test_rivals_answer_the_same_samples_and_hold_more(run: Any, tmp_path: Path) -> None:
+    rows = {
+        row["setting"]: row for row in run("rival_runtimes", "rows.json", "--here", "--folder", tmp_path / "rivals")
+    }
+    answers = json.loads((tmp_path / "rows.json").read_text())["answers"]
+    assert {row["setting"] for row in answers} == rows.keys()
+    assert all(row["score"] == 1 for row in answers if row["question"] == "in-window")
+    assert all(row["decode_tokens_per_second"] > 1 < row["prefill_tokens_per_second"] for row in rows.values())
+    ours, stock = (rows[f"onnxruntime-genai, {whose} export"]["cache_bytes"] for whose in ("our", "its"))
+    assert ours < 0.5 * stock
