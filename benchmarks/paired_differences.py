@@ -3,9 +3,10 @@
     python benchmarks/paired_differences.py benchmarks/results/eval_several_numbers/samples.jsonl
     python benchmarks/paired_differences.py benchmarks/results/head_choice_per_prompt.jsonl --to farthest:0.5
     python benchmarks/paired_differences.py FOLDER/samples.jsonl --of loss
+    python benchmarks/paired_differences.py FOLDER/samples.jsonl --of divergence
 
 Differences of single samples vary less than scores do, so that they show losses which two intervals would hide. The
-score of a perplexity is the mean loss in nats: there, and with ``--of loss``, more is worse.
+score of a perplexity is the mean loss in nats: there, and with ``--of loss`` or ``divergence``, more is worse.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=Path, help="samples.jsonl of a `thinkkv eval`")
     parser.add_argument("--to", default="full:1", help="what the others are compared with: policy:ratio")
-    parser.add_argument("--of", choices=("score", "loss"), default="score", help="loss: of the right answer, in nats")
+    parser.add_argument("--of", choices=("score", "loss", "divergence"), default="score", help="see docs/eval.md")
     options = parser.parse_args()
     name, _, ratio = options.to.rpartition(":")
+    digits = 4 if options.of == "divergence" else 2
     print(f"| task | tokens | question | policy | ratio | samples | {options.of} | difference |\n" + 8 * "|---" + "|")
     for (task, context, question), settings in read(options.samples, options.of).items():
         base = settings[name, float(ratio)]
@@ -52,11 +54,9 @@ def main() -> None:
             shown = ""
             if scores is not base:
                 mean, error = difference(base, scores)
-                shown = f"{mean:+.2f} ± {error:.2f}"
-            score = statistics.mean(scores.values())
-            print(
-                f"| {task} | {context} | {question} | `{policy}` | {share:g} | {len(scores)} | {score:.2f} | {shown} |"
-            )
+                shown = f"{mean:+.{digits}f} ± {error:.{digits}f}"
+            score = f"{statistics.mean(scores.values()):.{digits}f}"
+            print(f"| {task} | {context} | {question} | `{policy}` | {share:g} | {len(scores)} | {score} | {shown} |")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def _show(result: Mapping[str, Any], folder: Path) -> None:
         mine = [row for row in rows if _panel(row) == panel]
         title = "{task}, {context} tokens, question {question}, {samples} samples".format(**mine[0])
         table = Table(box=None, header_style="bold", title=title, title_justify="left")
-        for column in ("policy", "ratio", mine[0]["metric"], "95 %", "loss", "cache MiB", "used MiB"):
+        for column in ("policy", "ratio", mine[0]["metric"], "95 %", "loss", "divergence", "cache MiB", "used MiB"):
             table.add_column(column, justify="left" if column == "policy" else "right")
         for row in mine:
             table.add_row(*_cells(row))
@@ -149,8 +149,11 @@ def _show(result: Mapping[str, Any], folder: Path) -> None:
 def _cells(row: Mapping[str, Any]) -> Sequence[str]:
     interval = "-" if row["ci95"] is None else "{:.2f} .. {:.2f}".format(*row["ci95"])
     sizes = (f"{row[name] / 2**20:.1f}" for name in ("cache_bytes", "used_bytes"))
-    loss = "-" if row["answer_loss"] is None else f"{row['answer_loss']:.2f}"
-    return row["policy"], f"{row['ratio']:g}", f"{row['score']:.3f}", interval, loss, *sizes
+    loss, divergence = (
+        "-" if row[name] is None else f"{row[name]:.{digits}f}"
+        for name, digits in (("answer_loss", 2), ("divergence", 3))
+    )
+    return row["policy"], f"{row['ratio']:g}", f"{row['score']:.3f}", interval, loss, divergence, *sizes
 
 
 def _panel(row: Mapping[str, Any]) -> tuple[Any, ...]:

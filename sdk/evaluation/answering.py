@@ -1,4 +1,4 @@
-"""What a model says, and how probable it finds a text, from a cache that was compressed before."""
+"""What a model says, and what it predicts in a text, from a cache that was compressed before."""
 
 from __future__ import annotations
 
@@ -67,30 +67,22 @@ class Turn:
             logits = self.feed([[token] for token in tokens], keep=1)[:, -1]
         return said
 
-    def answer_losses(self, logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Mean negative log-likelihood of each answer in nats.
+    def predictions(self, rows: Sequence[Sequence[int]], logits: torch.Tensor | None) -> list[torch.Tensor]:
+        """What is predicted in the place of each token of a text, by the cache and the tokens before it.
 
         Args:
-            logits: [B, V] after what was fed last.
             rows: token ids, of different lengths of at least 1.
+            logits: [B, V] after what was fed last; None: the first token's place is left out.
+
+        Returns:
+            [T, V] float32 log-probabilities for each row.
         """
         longest = max(map(len, rows))
         fed = self.feed(rows, keep=longest)
         found = []
-        for first, following, row in zip(logits, fed, rows, strict=True):
-            predicted = torch.cat([first[None], following[longest - len(row) : -1]]).float()
-            found.append(float(torch.nn.functional.cross_entropy(predicted, torch.tensor(row, device=fed.device))))
+        for number, row in enumerate(rows):
+            predicted = fed[number, longest - len(row) : -1]
+            if logits is not None:
+                predicted = torch.cat([logits[number, None], predicted])
+            found.append(torch.log_softmax(predicted.float(), dim=-1))
         return found
-
-    def losses(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Mean negative log-likelihood of each continuation in nats, without its first token.
-
-        The first token's probability comes from the prompt's own forward, which saw everything.
-
-        Args:
-            rows: token ids, all of one length of at least 2.
-        """
-        logits = self.feed(rows, keep=len(rows[0]))[:, :-1].float()
-        targets = torch.tensor(rows, device=logits.device)[:, 1:]
-        found = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        return [float(loss) for loss in found.mean(dim=1)]

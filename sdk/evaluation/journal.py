@@ -32,6 +32,8 @@ class Outcome:
         used_bytes: of them in use.
         loss: mean negative log-likelihood of the right answer's tokens in nats; None where the score is a loss, and in
             folders of older releases.
+        divergence: of what is predicted in the right answer, or in the text, from what the full cache predicts there:
+            mean Kullback-Leibler divergence, nats a token; None in folders of older releases.
     """
 
     task: str
@@ -46,6 +48,7 @@ class Outcome:
     cache_bytes: int
     used_bytes: int
     loss: float | None = None
+    divergence: float | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:

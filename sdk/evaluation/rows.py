@@ -27,7 +27,6 @@ def rows(journal: Journal, cells: Iterable[Cell], settings: Sequence[Setting], s
 
 def _row(cell: Cell, setting: Setting, outcomes: Sequence[Outcome]) -> Row:
     score, interval = _mean(cell, [outcome.score for outcome in outcomes])
-    losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
     return {
         "task": cell.task.name,
         "policy": setting.name,
@@ -38,7 +37,8 @@ def _row(cell: Cell, setting: Setting, outcomes: Sequence[Outcome]) -> Row:
         "samples": len(outcomes),
         "score": round(score, 4),
         "ci95": [round(bound, 4) for bound in interval] if interval else None,
-        "answer_loss": round(sum(losses) / len(losses), 4) if len(losses) == len(outcomes) else None,
+        "answer_loss": _mean_of_all([outcome.loss for outcome in outcomes]),
+        "divergence": _mean_of_all([outcome.divergence for outcome in outcomes]),
         "cache_bytes": _rounded_mean([outcome.cache_bytes for outcome in outcomes]),
         "used_bytes": _rounded_mean([outcome.used_bytes for outcome in outcomes]),
         "compressed_tokens": _rounded_mean([outcome.tokens for outcome in outcomes]),
@@ -50,6 +50,12 @@ def _mean(cell: Cell, scores: Sequence[float]) -> tuple[float, tuple[float, floa
         return perplexity(scores)
     mean = sum(scores) / len(scores)
     return mean, wilson(mean, len(scores))
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    """None where a value is missing: a mean of some of the samples would be of others than the score's."""
+    known = [value for value in values if value is not None]
+    return round(sum(known) / len(known), 4) if len(known) == len(values) else None
 
 
 def _rounded_mean(values: Sequence[int]) -> int:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from thinkkv.patches.errors import ThinkKVError
+from thinkkv.sdk.budget import Budget
+from thinkkv.sdk.cache import HeterogeneousCache
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.evaluation.answering import Turn
 from thinkkv.sdk.evaluation.journal import Journal, Outcome
-from thinkkv.sdk.evaluation.prefill import prefill
+from thinkkv.sdk.evaluation.prefill import Prefill, prefill
 from thinkkv.sdk.evaluation.sample import Encoded
+from thinkkv.sdk.evaluation.scoring import divergence, loss
 from thinkkv.sdk.evaluation.setting import Setting, profile_key
 from thinkkv.sdk.evaluation.tasks.task import Task
 from thinkkv.sdk.patching import PatchHandle, apply
+from thinkkv.sdk.policies import Full
 from thinkkv.sdk.profile import HeadProfile, fingerprint_of
 from thinkkv.sdk.report import report
 
@@ -149,25 +155,55 @@ class Evaluation:
         samples = list(self._samples(cell, numbers))
         prompts = [_compressed(cell, sample) for sample in samples]
         filled = prefill(self.model, prompts, compressions.values())
+        whole = replace(next(iter(compressions.values())), policy=Full(), budget=Budget(ratio=1.0))
+        reference = self._predicted(cell, samples, *self._asked(cell, samples, filled, filled.cache(whole)))
         for setting, compression in compressions.items():
             cache = filled.cache(compression)
             held = report(cache).bytes
-            turn = Turn(self.model, cache, filled.mask)
-            asked = _asked(cell, samples, turn, filled.logits)
-            losses = self._losses(cell, samples, turn, asked)
-            scores = self._answer(cell, samples, turn, asked)
+            turn, logits = self._asked(cell, samples, filled, cache)
+            # In a cache of their own: this one gets the model's answers.
+            predicted = self._predicted(cell, samples, turn.copy(), logits)
+            losses = [loss(*pair) for pair in zip(predicted, self._texts(cell, samples), strict=True)]
+            distances = [divergence(*pair) for pair in zip(predicted, reference, strict=True)]
+            is_answer = cell.task.metric != "perplexity"
+            scores = self._answers(cell, samples, turn, logits) if is_answer else [(one, "") for one in losses]
             yield [
                 Outcome(
                     cell.task.name, cell.question, cell.size, number, setting.name, setting.ratio, len(prompt),
-                    score, said, held.physical // len(samples), held.used // len(samples), loss,
+                    score, said, held.physical // len(samples), held.used // len(samples),
+                    answer_loss if is_answer else None, distance,
                 )
-                for number, prompt, (score, said), loss in zip(numbers, prompts, scores, losses, strict=True)
+                for number, prompt, (score, said), answer_loss, distance in zip(
+                    numbers, prompts, scores, losses, distances, strict=True
+                )
             ]  # fmt: skip
 
-    def _answer(self, cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: Any) -> list[tuple[float, str]]:
-        """Score and answer of each sample; for perplexity the loss of its continuation, and no text."""
+    def _asked(
+        self, cell: Cell, samples: Sequence[Encoded], filled: Prefill, cache: HeterogeneousCache
+    ) -> tuple[Turn, torch.Tensor]:
+        """Conversations after their questions, and [B, V] what follows: these are fed now, or were compressed, too."""
+        turn = Turn(self.model, cache, filled.mask)
+        if cell.question == "in-window" or cell.task.metric == "perplexity":  # whose question is what is scored
+            return turn, filled.logits
+        return turn, turn.feed([sample.question for sample in samples], keep=1)[:, -1]
+
+    def _predicted(
+        self, cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """[T, V] for each sample: log-probabilities in the places of the tokens that count."""
         if cell.task.metric == "perplexity":
-            return [(loss, "") for loss in turn.losses([sample.question for sample in samples])]
+            # The first token's come from the prompt's own forward, which saw everything.
+            return turn.predictions([sample.question for sample in samples], None)
+        return turn.predictions([self._expected(sample) for sample in samples], logits)
+
+    def _texts(self, cell: Cell, samples: Sequence[Encoded]) -> list[Sequence[int]]:
+        """Those tokens: of the continuation without its first, or of the right answer."""
+        if cell.task.metric == "perplexity":
+            return [sample.question[1:] for sample in samples]
+        return [self._expected(sample) for sample in samples]
+
+    def _answers(self, cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: Any) -> list[tuple[float, str]]:
+        """Score and text of each answer."""
         lengths = [self._new_tokens(sample) for sample in samples]
         said = turn.answer(logits, max(lengths), self._stop())
         texts = [
@@ -175,12 +211,6 @@ class Evaluation:
             for ids, length in zip(said, lengths, strict=True)
         ]
         return [(cell.task.score(sample.sample, text), text) for sample, text in zip(samples, texts, strict=True)]
-
-    def _losses(self, cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: Any) -> Sequence[float | None]:
-        """Of the right answer of each sample, in a cache of its own: the other one gets the model's answer."""
-        if cell.task.metric == "perplexity":
-            return [None] * len(samples)
-        return turn.copy().answer_losses(logits, [self._expected(sample) for sample in samples])
 
     def _expected(self, sample: Encoded) -> list[int]:
         """Token ids of the right answer, as it would follow the question."""
@@ -217,10 +247,3 @@ def _ways(task: Task, questions: Sequence[Question]) -> Sequence[Question]:
 def _compressed(cell: Cell, sample: Encoded) -> tuple[int, ...]:
     """The tokens that are in the cache when it is compressed."""
     return sample.context if cell.question == "after" else sample.context + sample.question
-
-
-def _asked(cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: Any) -> Any:
-    """[B, V] after the questions: they are fed now, or were part of what was compressed."""
-    if cell.task.metric == "perplexity":
-        return logits  # what would be fed is what is scored
-    return turn.feed([sample.question for sample in samples], keep=1)[:, -1] if cell.question == "after" else logits

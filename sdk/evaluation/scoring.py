@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 
+import torch
+
 Z95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
 
@@ -14,6 +16,21 @@ def share_found(answers: Sequence[str], said: str) -> float:
     """Share of the answers that a text holds as whole words, case ignored (RULER's string match, but whole words)."""
     found = (re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", said, re.IGNORECASE) for answer in answers)
     return sum(match is not None for match in found) / len(answers)
+
+
+def loss(predicted: torch.Tensor, ids: Sequence[int]) -> float:
+    """Mean negative log-likelihood of tokens in nats.
+
+    Args:
+        predicted: [T, V] log-probabilities.
+        ids: the T tokens.
+    """
+    return -float(predicted.gather(1, torch.tensor(ids, device=predicted.device)[:, None]).mean())
+
+
+def divergence(predicted: torch.Tensor, reference: torch.Tensor) -> float:
+    """Mean Kullback-Leibler divergence of predictions from those of a reference, nats a token; both [T, V]."""
+    return float((reference.exp() * (reference - predicted)).sum(dim=-1).mean().clamp(min=0))
 
 
 def wilson(mean: float, count: int) -> tuple[float, float]:

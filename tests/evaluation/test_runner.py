@@ -91,45 +91,69 @@ def test_an_answer_is_as_long_in_a_batch_as_alone(evaluation, tmp_path):
     assert lengths[0] < lengths[1] < lengths[2]
 
 
+def predicted(evaluation: Evaluation, policy: Any, ratio: float, chunks: list[Any], count: int) -> torch.Tensor:
+    """[count, V] float64 log-probabilities before each of the last tokens that are fed, one sequence alone."""
+    with sdk.apply(evaluation.model, policy=policy, ratio=ratio) as handle, torch.inference_mode():
+        cache = handle.new_cache()
+        logits = [
+            evaluation.model(torch.tensor([chunk]), past_key_values=cache, use_cache=True).logits[0] for chunk in chunks
+        ]
+    return torch.log_softmax(torch.cat(logits)[-count - 1 : -1].double(), dim=-1)
+
+
+def check_losses(outcome: Any, found: torch.Tensor, whole: torch.Tensor, ids: Any, name: str) -> None:
+    """One outcome against what single sequences say under its setting and with the full cache."""
+    wanted = torch.nn.functional.nll_loss(found, torch.tensor(ids))
+    assert getattr(outcome, name) == pytest.approx(float(wanted), abs=1e-4)
+    distance = (whole.exp() * (whole - found)).sum(dim=-1).mean()
+    assert outcome.divergence == pytest.approx(float(distance), abs=1e-4)
+    assert (outcome.divergence == 0) == (outcome.policy == "full")
+
+
 @pytest.mark.parametrize("question", ["in-window", "after"])
-def test_answer_losses_are_those_of_the_patched_model(evaluation, tmp_path, question):
+@pytest.mark.parametrize("names", [POLICIES, POLICIES[1:]], ids=["beside the full cache", "alone"])
+def test_answer_losses_are_those_of_the_patched_model(evaluation, tmp_path, question, names):
     """Answers of different lengths in one batch, against one sequence at a time."""
-    task = Growing()
+    task, evaluation = Growing(), replace(evaluation, settings=settings(names, [0.5]))
     journal = Journal(tmp_path / "samples.jsonl", {})
     evaluation.run(evaluation.cells([task], [150], [question]), 3, journal, lambda label: iter)
     for setting, number in itertools.product(evaluation.settings, range(3)):
         sample = task.sample(evaluation.tokenizer, 150, number, 0)
         answer = evaluation.tokenizer(f" {sample.sample.answers[0]}").input_ids
         first = [sample.context, sample.question] if question == "after" else [sample.context + sample.question]
-        with sdk.apply(evaluation.model, policy=setting.policy, ratio=setting.ratio) as handle, torch.inference_mode():
-            cache, logits = handle.new_cache(), []
-            for chunk in [*first, *([token] for token in answer)]:
-                out = evaluation.model(torch.tensor([chunk]), past_key_values=cache, use_cache=True)
-                logits.append(out.logits[0, -1])
-        wanted = torch.nn.functional.cross_entropy(torch.stack(logits[len(first) - 1 : -1]), torch.tensor(answer))
+        chunks = [*first, *([token] for token in answer)]
+        found = predicted(evaluation, setting.policy, setting.ratio, chunks, len(answer))
+        whole = predicted(evaluation, "full", 1.0, chunks, len(answer))
         outcome = journal.outcomes["lengths", question, 150, number, setting.name, setting.ratio]
-        assert outcome.loss == pytest.approx(float(wanted), abs=1e-4)
-    scores = rows(journal, evaluation.cells([task], [150], [question]), evaluation.settings, 3)
-    mean = [
-        sum(journal.outcomes["lengths", question, 150, n, row["policy"], row["ratio"]].loss for n in range(3)) / 3
-        for row in scores
-    ]
-    assert [row["answer_loss"] for row in scores] == pytest.approx(mean, abs=1e-4)
+        check_losses(outcome, found, whole, answer, "loss")
+    for row in rows(journal, evaluation.cells([task], [150], [question]), evaluation.settings, 3):
+        mine = [journal.outcomes["lengths", question, 150, n, row["policy"], row["ratio"]] for n in range(3)]
+        assert row["answer_loss"] == pytest.approx(sum(one.loss for one in mine) / 3, abs=1e-4)
+        assert row["divergence"] == pytest.approx(sum(one.divergence for one in mine) / 3, abs=1e-4)
 
 
 def test_losses_are_those_of_the_patched_model(evaluation, tmp_path):
     task = Lengths("perplexity")
     journal = Journal(tmp_path / "samples.jsonl", {})
     evaluation.run(evaluation.cells([task], [150], ["in-window"]), 2, journal, lambda label: iter)
+    sample = task.sample(None, 150, 1, 0)
+    chunks = [sample.context, sample.question]
+    whole = predicted(evaluation, "full", 1.0, chunks, 8)
     for setting in evaluation.settings:
-        sample = task.sample(None, 150, 1, 0)
-        with sdk.apply(evaluation.model, policy=setting.policy, ratio=setting.ratio) as handle, torch.inference_mode():
-            cache = handle.new_cache()
-            evaluation.model(torch.tensor([sample.context]), past_key_values=cache, use_cache=True)
-            out = evaluation.model(torch.tensor([sample.question]), past_key_values=cache, use_cache=True)
-        wanted = torch.nn.functional.cross_entropy(out.logits[0, :-1], torch.tensor(sample.question[1:]))
         outcome = journal.outcomes["lengths", "after", 150, 1, setting.name, setting.ratio]
-        assert outcome.score == pytest.approx(float(wanted), abs=1e-4)
+        found = predicted(evaluation, setting.policy, setting.ratio, chunks, 8)
+        check_losses(outcome, found, whole, sample.question[1:], "score")
+
+
+def test_rows_of_an_older_release_have_no_divergence(evaluation, tmp_path):
+    journal = Journal(tmp_path / "samples.jsonl", {})
+    cells = evaluation.cells([Lengths()], [150], ["after"])
+    evaluation.run(cells, 2, journal, lambda label: iter)
+    key = next(iter(journal.outcomes))
+    journal.outcomes[key] = replace(journal.outcomes[key], divergence=None)
+    found = [row["divergence"] for row in rows(journal, cells, evaluation.settings, 2)]
+    assert found[0] is None
+    assert None not in found[1:]
 
 
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(evaluation, tmp_path):
