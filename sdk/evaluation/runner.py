@@ -162,7 +162,7 @@ class Evaluation:
             held = report(cache).bytes
             turn, logits = self._asked(cell, samples, filled, cache)
             # In a cache of their own: this one gets the model's answers.
-            predicted = self._predicted(cell, samples, turn.copy(), logits)
+            predicted = reference if compression == whole else self._predicted(cell, samples, turn.copy(), logits)
             losses = [loss(*pair) for pair in zip(predicted, self._texts(cell, samples), strict=True)]
             distances = [divergence(*pair) for pair in zip(predicted, reference, strict=True)]
             is_answer = cell.task.metric != "perplexity"
