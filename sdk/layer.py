@@ -203,11 +203,11 @@ class HeterogeneousLayer(CacheLayerMixin):
         """One new token per sequence, traced by a compiler: changes tensors only; ``count_step`` does the rest."""
         assert self.store is not None
         batch, heads, _, dim = query.shape
-        operations, arena = self.store.traced, self.store.arena
-        operations.append(arena, keys.flatten(0, 1), values.flatten(0, 1))
+        self.store.append_traced(keys.flatten(0, 1), values.flatten(0, 1))
         rows = query.reshape(batch * self.shape.kv_heads, self.shape.query_group, 1, dim)
-        starts = self.store.starts(arena.lengths, 1, self.shape.window) if self.shape.window is not None else None
-        return operations.ragged_decode(arena, rows, scale=scale, starts=starts).reshape(batch, heads, 1, dim)
+        lengths, window = self.store.arena.lengths, self.shape.window
+        starts = None if window is None else self.store.starts(lengths, 1, window)
+        return self.store.attend(rows, scale=scale, starts=starts).reshape(batch, heads, 1, dim)
 
     def kept_positions(self) -> list[list[list[int]]]:
         """Token positions in store: ``[sequence][KV head]``, each ascending."""
@@ -286,7 +286,7 @@ class HeterogeneousLayer(CacheLayerMixin):
             return self._attend_padded(store, query, scale, real)
         batch, heads, new, dim = query.shape
         rows = query.reshape(batch * self.shape.kv_heads, self.shape.query_group, new, dim)
-        out = store.operations.ragged_decode(store.arena, rows, scale=scale, starts=self._starts(store, new))
+        out = store.attend(rows, scale=scale, starts=self._starts(store, new))
         return out.reshape(batch, heads, new, dim)
 
     def _attend_padded(self, store: LayerStore, query: torch.Tensor, scale: float, real: torch.Tensor) -> torch.Tensor:

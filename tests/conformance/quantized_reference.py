@@ -52,10 +52,20 @@ def to_16_steps(states: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.clip(np.rint((exact - least) / step), 0, 15) * step + least)
 
 
+def to_16_steps_turned(states: torch.Tensor) -> torch.Tensor:
+    """The same of [..., D] values that a Hadamard matrix turned, turned back."""
+    dim = states.shape[-1]
+    power = dim & -dim  # the largest in D
+    signs = np.array([[(-1) ** (i & j).bit_count() for j in range(power)] for i in range(power)])
+    turn = torch.from_numpy(np.kron(np.eye(dim // power), signs) / np.sqrt(power))
+    turned = to_16_steps((states.double() @ turn).float())
+    return (turned.double() @ turn.T).float()
+
+
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 ROUNDED: dict[str, tuple[Rounding, Rounding]] = {
     "int8": (to_255_steps, to_255_steps),
-    "k8v4": (to_255_steps, to_16_steps),
+    "k8v4": (to_255_steps, to_16_steps_turned),
 }
 """Of keys and of values."""
 
