@@ -79,6 +79,11 @@ class KeepPlan:
         positions = torch.arange(prompt.tokens, device=prompt.keys.device)
         return cls(kept=(positions,) * prompt.kv_heads, **labels)  # type: ignore[arg-type]
 
+    @classmethod
+    def where(cls, kept: torch.Tensor, **labels: object) -> KeepPlan:
+        """The positions where a [n, N] mask is True."""
+        return cls(kept=tuple(row.nonzero()[:, 0] for row in kept), **labels)  # type: ignore[arg-type]
+
     @property
     def tokens(self) -> int:
         """Tokens kept, summed over the KV heads."""

@@ -48,8 +48,8 @@ class EvidenceKV(RetrievalKV):
         certain = [self._certain(*layer) for layer in zip(prompts, budgets, scores, strict=True)]
         kept = keep_best(certain, scores, sum(budget.tokens for budget in budgets))
         return [
-            KeepPlan(
-                kept=tuple(row.nonzero()[:, 0] for row in mine),
+            KeepPlan.where(
+                mine,
                 heterogeneous=self.full_heads(prompt, budget),
                 head_scores=torch.tensor(self.head_scores[prompt.layer]),
             )

@@ -37,7 +37,7 @@ class KVzip(Rehearsing):
         scores = [self._scores(prompt, budget) for prompt, budget in zip(prompts, budgets, strict=True)]
         none = [torch.zeros_like(layer, dtype=torch.bool) for layer in scores]
         kept = keep_best(none, scores, sum(budget.tokens for budget in budgets))
-        return [KeepPlan(kept=tuple(row.nonzero()[:, 0] for row in mine)) for mine in kept]
+        return [KeepPlan.where(layer) for layer in kept]
 
     def _scores(self, prompt: PromptView, budget: LayerBudget) -> torch.Tensor:
         """[n, N] float32: how much each token was attended to, infinitely where it is kept for certain."""

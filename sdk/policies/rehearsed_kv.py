@@ -102,8 +102,8 @@ class RehearsedKV(Rehearsing):
 
     def _keep(self, prompt: PromptView, budget: LayerBudget, kept: torch.Tensor) -> KeepPlan:
         whole = tuple(kept.all(dim=1).nonzero()[:, 0].tolist())
-        return KeepPlan(
-            kept=tuple(row.nonzero()[:, 0] for row in kept),
+        return KeepPlan.where(
+            kept,
             # Where there is nothing to evict, bounded decoding must know which heads may grow all the same.
             heterogeneous=whole if budget.per_head else best_heads(self.head_scores)[prompt.layer],
             head_scores=torch.tensor(self.head_scores[prompt.layer]),
