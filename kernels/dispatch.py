@@ -133,12 +133,15 @@ class RowOperations:
     Args:
         compact, append, ragged_decode: the operations.
         counting: whether ``append`` also counts ``arena.lengths``.
+        turning: whether values in int4 are turned (``kernels/hadamard.py``). Not where a kernel in Triton appends: that
+            would be more launches for each token than its own.
     """
 
     compact: Callable[..., None]
     append: Callable[..., None]
     ragged_decode: Callable[..., torch.Tensor]
     counting: bool
+    turning: bool
 
 
 def row_operations(device: torch.device | str, *, traced: bool = False) -> RowOperations:
@@ -152,7 +155,8 @@ def row_operations(device: torch.device | str, *, traced: bool = False) -> RowOp
     compact, append, ragged_decode = (_load(name, backend) for name in ROW_OPERATIONS)
     if traced and backend == "torch":
         append, ragged_decode = (_function("traced", name) for name in ("append", "ragged_decode"))
-    return RowOperations(compact, append, ragged_decode, counting=traced or backend != "torch")
+    counting = traced or backend != "torch"
+    return RowOperations(compact, append, ragged_decode, counting, turning=backend != "triton")
 
 
 @cache

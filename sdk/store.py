@@ -110,7 +110,7 @@ class LayerStore:
         arena: their keys and values, as entries (``kernels/entries.py``).
         groups: rows of equal length, longest first, one for each block of the arena.
         dtype: of the model.
-        turning: [D, D], the matrix by which values are turned before they are stored, as those in int4 are; else None.
+        turning: [D, D], the matrix by which values in int4 are turned before they are stored; None where none are.
     """
 
     def __init__(
@@ -134,7 +134,8 @@ class LayerStore:
         self.traced = row_operations(keys.device, traced=True)
         self.dtype = keys.dtype
         key_dtype, value_dtype = stored or (self.dtype, self.dtype)
-        self.turning = hadamard(values.shape[-1], values.device) if value_dtype == torch.uint8 else None
+        turns = value_dtype == torch.uint8 and self.operations.turning
+        self.turning = hadamard(values.shape[-1], values.device) if turns else None
         like = entries_of(keys[:, :0], key_dtype), entries_of(values[:, :0], value_dtype)
         self._lay_out(like, [row.positions for row in kept], [row.limit for row in kept], next_positions)
         self.operations.compact(self.arena, keys, self._turned(values), [row.entries for row in kept])

@@ -66,8 +66,9 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 ROUNDED: dict[str, tuple[Rounding, Rounding]] = {
     "int8": (to_255_steps, to_255_steps),
     "k8v4": (to_255_steps, to_16_steps_turned),
+    "k8v4 in Triton": (to_255_steps, to_16_steps),
 }
-"""Of keys and of values."""
+"""Of keys and of values. Values in int4 are turned but where kernels in Triton store them."""
 
 
 def _attention(
