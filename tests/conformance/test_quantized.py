@@ -19,6 +19,7 @@ from tests.conformance.quantized_reference import QuantizedReference
 from tests.conformance.small_policies import ALWAYS_KEPT, NAMES, small_policy
 from tests.tiny_models import HEAD_DIM, KV_HEADS, VARIANTS, Case, windows
 from thinkkv import sdk
+from thinkkv.kernels.dispatch import choose
 from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.policies import Policy
 
@@ -41,7 +42,7 @@ def quantized_reference(variant: str, kv_heads: int, cache_dtype: str) -> Quanti
     return QuantizedReference(Case(variant, kv_heads).model(), windows(variant), cache_dtype)
 
 
-def check(case: Case, policy: str, ratio: float, cache_dtype: str, backend: str = "native") -> None:
+def check(case: Case, policy: str, ratio: float, cache_dtype: str) -> None:
     """Prompt, tokens, a chunk and tokens again, against dense attention to rounded states."""
     prompt, batch = case.batch(), len(case.lengths)
     following = [*random_tokens(batch, 2), random_chunk((5, 3, 4)[:batch], seed=1), *random_tokens(batch, 2, seed=2)]
@@ -52,7 +53,7 @@ def check(case: Case, policy: str, ratio: float, cache_dtype: str, backend: str 
         found = torch.cat([last, conversation.feed_all(following)], dim=1)
     whole, columns = joined([prompt, *following]), prompt.ids.shape[1]
     real = whole.mask[:, columns - 1 :].bool()
-    rounding = "k8v4 in Triton" if (cache_dtype, backend) == ("k8v4", "triton") else cache_dtype
+    rounding = "k8v4 in Triton" if (cache_dtype, choose("cpu").backend) == ("k8v4", "triton") else cache_dtype
     expected = quantized_reference(case.variant, case.kv_heads, rounding).logits(whole, kept, prompt=columns)
     assert_close(found[real], expected[real], rms=ROUNDING[cache_dtype])
     exact = reference_of(case.variant, case.kv_heads, case.dtype).logits(whole, kept, prompt=columns)
@@ -71,7 +72,7 @@ def test_logits_with_every_backend(
     case: Case, policy: str, backend: str, cache_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("THINKKV_KERNELS", backend)
-    check(case, policy, 0.2, cache_dtype, backend)
+    check(case, policy, 0.2, cache_dtype)
 
 
 @of_both
