@@ -4,7 +4,6 @@
    over its keys and values: a tile is brought from memory once for all query heads of the row, and attended to with an
    online softmax in float32. Whoever finishes the last part of a row merges the row. */
 
-#include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -304,7 +303,9 @@ static void merge(const struct call *call, const struct row *row) {
             total += weight * call->totals[i * group + h];
             for (int64_t d = 0; d < dim; d++) sums[d] += weight * call->sums[(i * group + h) * dim + d];
         }
-        for (int64_t d = 0; d < dim; d++) store(call->out, out + d, row->count ? sums[d] / total : 0, call->type);
+        for (int64_t d = 0; d < dim; d++) sums[d] = row->count ? sums[d] / total : 0;
+        if (call->stored == INT4) turn(sums, dim);
+        for (int64_t d = 0; d < dim; d++) store(call->out, out + d, sums[d], call->type);
     }
 }
 

@@ -133,15 +133,12 @@ class RowOperations:
     Args:
         compact, append, ragged_decode: the operations.
         counting: whether ``append`` also counts ``arena.lengths``.
-        turning: whether values in int4 are turned (``kernels/hadamard.py``). Not where a kernel in Triton appends: that
-            would be more launches for each token than its own.
     """
 
     compact: Callable[..., None]
     append: Callable[..., None]
     ragged_decode: Callable[..., torch.Tensor]
     counting: bool
-    turning: bool
 
 
 def row_operations(device: torch.device | str, *, traced: bool = False) -> RowOperations:
@@ -156,7 +153,7 @@ def row_operations(device: torch.device | str, *, traced: bool = False) -> RowOp
     if traced and backend == "torch":
         append, ragged_decode = (_function("traced", name) for name in ("append", "ragged_decode"))
     counting = traced or backend != "torch"
-    return RowOperations(compact, append, ragged_decode, counting, turning=backend != "triton")
+    return RowOperations(compact, append, ragged_decode, counting)
 
 
 @cache

@@ -1,7 +1,8 @@
 """What an entry of an arena is: D numbers of the model's dtype, or D small integers and what they are multiples of.
 
-An int8 entry is its numbers, then their scale as the four bytes of a float32. An int4 entry, of dtype uint8, is its
-numbers two to a byte, the first half of them in the low bits, then their step and their least number, a float16 each.
+An int8 entry is its numbers, then their scale as the four bytes of a float32. An int4 entry, of dtype uint8, is of
+turned states (``hadamard.py``): its numbers two to a byte, the first half of them in the low bits, then their step and
+their least number, a float16 each.
 So an entry is one piece of memory whatever it holds: what moves entries need not know, only what writes and reads them.
 Keys are stored after rotation, each token of each head by itself, so nothing that is stored is ever touched again (a
 choice of ours; KIVI, which goes down to two bits, needs groups of tokens for its keys: arXiv:2402.02750). Keys need
@@ -11,6 +12,8 @@ more bits than values (arXiv:2502.15075), which are averaged.
 from __future__ import annotations
 
 import torch
+
+from thinkkv.kernels.hadamard import turned
 
 SCALE_BYTES = 4
 """Behind the numbers of a small entry."""
@@ -48,6 +51,11 @@ def states_of(entries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         entries: as they are stored.
         dtype: of the model.
     """
+    return turned_back(stored_states(entries, dtype), entries.dtype)
+
+
+def stored_states(entries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As ``states_of``, but for int4 entries, of which it gives the turned states."""
     if entries.dtype not in (torch.int8, torch.uint8):
         return entries
     numbers, scale = entries[..., :-SCALE_BYTES], entries[..., -SCALE_BYTES:]
@@ -58,6 +66,11 @@ def states_of(entries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (numbers * step[..., None] + least[..., None]).to(dtype)
 
 
+def turned_back(sums: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """[..., D] weighted sums of ``stored_states`` of entries of a dtype, as of the states themselves."""
+    return turned(sums.float()).to(sums.dtype) if stored == torch.uint8 else sums
+
+
 def _int8_entries(states: torch.Tensor) -> torch.Tensor:
     """[..., D + SCALE_BYTES] int8."""
     scale = (states.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
@@ -66,6 +79,7 @@ def _int8_entries(states: torch.Tensor) -> torch.Tensor:
 
 def _int4_entries(states: torch.Tensor) -> torch.Tensor:
     """[..., D / 2 + SCALE_BYTES] uint8."""
+    states = turned(states)
     least = states.amin(dim=-1, keepdim=True).half()
     step = ((states.amax(dim=-1, keepdim=True) - least) / STEPS).clamp(min=SMALLEST_STEP).half()
     numbers = ((states - least) / step).round_().clamp_(0, STEPS).to(torch.uint8)

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from thinkkv.kernels.arena import Arena, Block
-from thinkkv.kernels.entries import entries_of, states_of
+from thinkkv.kernels.entries import entries_of, stored_states, turned_back
 
 QUERY_BLOCK = 512
 """Queries attended at once for a chunk; bounds the mask to ``group * QUERY_BLOCK * T`` booleans."""
@@ -69,16 +69,14 @@ def ragged_decode(
         [R, G, Q, D] in query's dtype; zeros where a query sees nothing.
     """
     first = (None,) * len(arena.blocks) if starts is None else arena.split(starts)
-    return arena.join(
-        [
-            _attend(block, part, scale, start)
-            for block, part, start in zip(arena.blocks, arena.split(query), first, strict=True)
-        ]
-    )
+    parts = zip(arena.blocks, arena.split(query), first, strict=True)
+    out = arena.join([_attend(block, part, scale, start) for block, part, start in parts])
+    return turned_back(out, arena.values.dtype)
 
 
 def _attend(block: Block, query: torch.Tensor, scale: float, starts: torch.Tensor | None) -> torch.Tensor:
-    keys, values = (states_of(each.narrow(1, 0, block.length), query.dtype) for each in (block.keys, block.values))
+    in_use = (entries.narrow(1, 0, block.length) for entries in (block.keys, block.values))
+    keys, values = (stored_states(entries, query.dtype) for entries in in_use)
     if query.shape[2] == 1 and starts is None and block.length:
         return _attend_token(query, keys, values, scale)
     blocks = range(0, query.shape[2], QUERY_BLOCK)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from thinkkv.kernels.arena import Arena, Block
-from thinkkv.kernels.entries import states_of
+from thinkkv.kernels.entries import stored_states, turned_back
 
 
 def append(arena: Arena, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -29,14 +29,9 @@ def ragged_decode(
 ) -> torch.Tensor:
     """As ``thinkkv.kernels.grouped.ragged_decode`` for one new token, [R, G, 1, D]."""
     first = (None,) * len(arena.blocks) if starts is None else arena.split(starts)
-    return arena.join(
-        [
-            _attend(block, part, lengths[:1], scale, start)
-            for block, part, lengths, start in zip(
-                arena.blocks, arena.split(query), arena.split(arena.lengths), first, strict=True
-            )
-        ]
-    )
+    parts = zip(arena.blocks, arena.split(query), arena.split(arena.lengths), first, strict=True)
+    out = arena.join([_attend(block, part, lengths[:1], scale, start) for block, part, lengths, start in parts])
+    return turned_back(out, arena.values.dtype)
 
 
 def _attend(
@@ -48,8 +43,8 @@ def _attend(
         visible = visible & (entry >= starts)
     return scaled_dot_product_attention(
         query.transpose(1, 2),
-        states_of(block.keys, query.dtype)[:, None],
-        states_of(block.values, query.dtype)[:, None],
+        stored_states(block.keys, query.dtype)[:, None],
+        stored_states(block.values, query.dtype)[:, None],
         attn_mask=visible[:, None, None],
         scale=scale,
     ).transpose(1, 2)

@@ -1,5 +1,6 @@
 /* What the kernels in C have in common: vectors of float32, bfloat16 and float16, their products, torch's threads. */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __F16C__
@@ -138,6 +139,19 @@ INLINE void store(char *base, int64_t i, float x, enum type type) {
 #endif
     }
     memcpy(base + 2 * i, &half, 2);
+}
+
+/* Turn dim numbers by a Hadamard matrix, in place (hadamard.py, to the bit). */
+INLINE void turn(float *x, int64_t dim) {
+    int64_t block = dim & -dim;
+    float scale = 1 / sqrt((double)block);
+    for (int64_t apart = 1; apart < block; apart *= 2)
+        for (int64_t first = 0; first < dim; first += 2 * apart)
+            for (int64_t d = first; d < first + apart; d++) {
+                float one = x[d], other = x[d + apart];
+                x[d] = one + other, x[d + apart] = one - other;
+            }
+    for (int64_t d = 0; d < dim; d++) x[d] *= scale;
 }
 
 /* {sum of a, of b, of c, of d} in the first four lanes. */

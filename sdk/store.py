@@ -15,7 +15,6 @@ import torch
 from thinkkv.kernels.arena import Arena, Block
 from thinkkv.kernels.dispatch import row_operations
 from thinkkv.kernels.entries import entries_of
-from thinkkv.kernels.hadamard import hadamard, turned
 
 SPARE_TOKENS = 128
 SPARE_SHARE = 16
@@ -110,7 +109,6 @@ class LayerStore:
         arena: their keys and values, as entries (``kernels/entries.py``).
         groups: rows of equal length, longest first, one for each block of the arena.
         dtype: of the model.
-        turning: [D, D], the matrix by which values in int4 are turned before they are stored; None where none are.
     """
 
     def __init__(
@@ -134,11 +132,9 @@ class LayerStore:
         self.traced = row_operations(keys.device, traced=True)
         self.dtype = keys.dtype
         key_dtype, value_dtype = stored or (self.dtype, self.dtype)
-        turns = value_dtype == torch.uint8 and self.operations.turning
-        self.turning = hadamard(values.shape[-1], values.device) if turns else None
         like = entries_of(keys[:, :0], key_dtype), entries_of(values[:, :0], value_dtype)
         self._lay_out(like, [row.positions for row in kept], [row.limit for row in kept], next_positions)
-        self.operations.compact(self.arena, keys, self._turned(values), [row.entries for row in kept])
+        self.operations.compact(self.arena, keys, values, [row.entries for row in kept])
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append new tokens to every row, in place.
@@ -149,12 +145,12 @@ class LayerStore:
         if self.arena.room < keys.shape[1]:
             with torch.inference_mode(False):  # what inference mode allocates could not be written outside of it
                 self._grow(keys.shape[1])
-        self.operations.append(self.arena, keys, self._turned(values))
+        self.operations.append(self.arena, keys, values)
         self.arena.lengthen(keys.shape[1], counted=self.operations.counting)
 
     def append_traced(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append one token to every row in a compiled step: ``prepare_step`` made room, its caller counts the token."""
-        self.traced.append(self.arena, keys, self._turned(values))
+        self.traced.append(self.arena, keys, values)
 
     def attend(self, query: torch.Tensor, *, scale: float, starts: torch.Tensor | None = None) -> torch.Tensor:
         """Attend Q new tokens to their rows, which end with these tokens.
@@ -168,7 +164,7 @@ class LayerStore:
             [R, G, Q, D].
         """
         operations = self.traced if torch.compiler.is_compiling() else self.operations
-        return self._turned(operations.ragged_decode(self.arena, query, scale=scale, starts=starts))
+        return operations.ragged_decode(self.arena, query, scale=scale, starts=starts)
 
     def append_ragged(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor) -> None:
         """Append a padded chunk: each row takes only its real tokens.
@@ -177,7 +173,7 @@ class LayerStore:
             keys, values: [R, Q, D] in row order.
             real: [R, Q] bool.
         """
-        following, (keys, values) = self.next_positions(), self.arena.entries(keys, self._turned(values))
+        following, (keys, values) = self.next_positions(), self.arena.entries(keys, values)
         rows = [self._extended(row, keys, values, real, following) for row in self.rows()]
         self._rebuild(rows, following + real.sum(dim=1).to(torch.int32))
 
@@ -241,10 +237,6 @@ class LayerStore:
     def next_positions(self) -> torch.Tensor:
         """[R] int32, by row index: position of the next token."""
         return torch.cat([group.next_position() for group in self.groups])[self.arena.places].to(torch.int32)
-
-    def _turned(self, values: torch.Tensor) -> torch.Tensor:
-        """[..., D] values as they are stored; or what was summed of those, turned back."""
-        return values if self.turning is None else turned(values, self.turning)
 
     def _lay_out(
         self,

@@ -1,7 +1,5 @@
 /* One new token behind every row of a layer, as small entries (../entries.py). */
 
-#include <math.h>
-
 #include "../vectors.h"
 
 #define LARGEST 127
@@ -30,8 +28,9 @@ INLINE int to_nibble(float steps) {
     return steps > STEPS ? STEPS : steps > 0 ? (int)steps : 0;
 }
 
-INLINE void quantize_int4(char *entry, const float *wide, int64_t dim) {
+INLINE void quantize_int4(char *entry, float *wide, int64_t dim) {
     int64_t half = dim / 2;
+    turn(wide, dim);
     float least = wide[0], most = wide[0], step;
     for (int64_t d = 0; d < dim; d++) least = wide[d] < least ? wide[d] : least, most = wide[d] > most ? wide[d] : most;
     store(entry + half, 1, is_odd(wide, dim) ? NAN : least, FLOAT16);

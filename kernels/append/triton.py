@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from thinkkv.kernels.hadamard_triton import turned
 from thinkkv.kernels.variant import SMALL_FORMS, Variant
 
 BLOCK_TOKENS = 16
@@ -43,37 +44,35 @@ def store_entries(
 def store_int4_entries(
     p_entries: tl.tensor,
     o_entry: tl.tensor,
-    o_d: tl.tensor,
-    b_low: tl.tensor,
-    b_high: tl.tensor,
+    b_states: tl.tensor,
     m_tile: tl.tensor,
     m_entry: tl.tensor,
     DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ) -> None:
-    """Both halves of states, [BLOCK_T, PADDED_DIM / 2] each, as int4 entries (``thinkkv.kernels.entries``)."""
+    """[BLOCK_T, PADDED_DIM] states, zeros beyond DIM, as int4 entries (``thinkkv.kernels.entries``)."""
     HALF: tl.constexpr = DIM // 2
-    b_low, b_high = b_low.to(tl.float32), b_high.to(tl.float32)
-    b_smaller, b_larger = tl.minimum(b_low, b_high), tl.maximum(b_low, b_high)
+    b_states = turned(b_states.to(tl.float32), BLOCK_T, DIM, PADDED_DIM)
     # [BLOCK_T]
-    b_least = tl.min(tl.where(m_tile, b_smaller, float("inf")), axis=1)
-    b_most = tl.max(tl.where(m_tile, b_larger, float("-inf")), axis=1)
-    b_least += tl.sum((b_low + b_high) * 0.0, axis=1)  # what is no number is not hidden
+    b_least = tl.min(tl.where(m_tile, b_states, float("inf")), axis=1)
+    b_most = tl.max(tl.where(m_tile, b_states, float("-inf")), axis=1)
+    b_least += tl.sum(b_states * 0.0, axis=1)  # what is no number is not hidden
     b_least = b_least.to(tl.float16)
     b_step = tl.maximum((b_most - b_least.to(tl.float32)) / 15, 5.960464477539063e-08).to(tl.float16)
-    b_bytes = nibbles(b_low, b_least, b_step) | (nibbles(b_high, b_least, b_step) << 4)
-    o_byte = o_entry * (HALF + 4)
-    tl.store(p_entries + o_byte[:, None] + o_d[None, :], b_bytes, mask=m_tile)
-    p_scales = (p_entries + o_byte + HALF).to(tl.pointer_type(tl.float16))
-    tl.store(p_scales, b_step, mask=m_entry)
-    tl.store(p_scales + 1, b_least, mask=m_entry)
-
-
-@triton.jit
-def nibbles(b_states: tl.tensor, b_least: tl.tensor, b_step: tl.tensor) -> tl.tensor:
-    """[BLOCK_T, PADDED_DIM / 2] uint8 numbers of four bits: steps above the least."""
+    # [BLOCK_T, PADDED_DIM]
     b_steps = tl.div_rn(b_states - b_least.to(tl.float32)[:, None], b_step.to(tl.float32)[:, None])
     b_steps = (b_steps + 12582912.0) - 12582912.0  # rounds as above
-    return tl.minimum(tl.maximum(b_steps, 0.0), 15.0).to(tl.uint8)
+    b_numbers = tl.minimum(tl.maximum(b_steps, 0.0), 15.0).to(tl.uint8)
+    # [BLOCK_T, PADDED_DIM / 2]
+    o_byte = tl.arange(0, PADDED_DIM // 2)
+    o_low = tl.broadcast_to(tl.minimum(o_byte, HALF - 1)[None, :], [BLOCK_T, PADDED_DIM // 2])
+    b_bytes = tl.gather(b_numbers, o_low, axis=1) | (tl.gather(b_numbers, o_low + HALF, axis=1) << 4)
+    p_bytes = p_entries + (o_entry * (HALF + 4))[:, None] + o_byte[None, :]
+    tl.store(p_bytes, b_bytes, mask=m_entry[:, None] & (o_byte < HALF)[None, :])
+    p_scales = (p_entries + o_entry * (HALF + 4) + HALF).to(tl.pointer_type(tl.float16))
+    tl.store(p_scales, b_step, mask=m_entry)
+    tl.store(p_scales + 1, b_least, mask=m_entry)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -126,17 +125,10 @@ def append_rows(
         b_keys = tl.load(p_new_keys + o_keys[:, None] + o_d[None, :], mask=m_tile, other=0.0)
         store_entries(p_keys, entry + o_slot, o_d, b_keys, m_tile, m_token, DIM, QUANTIZED)
         o_values = i_row * stride_value_row + o_token * stride_value_token
+        b_values = tl.load(p_new_values + o_values[:, None] + o_d[None, :], mask=m_tile, other=0.0)
         if INT4_VALUES:
-            o_half = tl.arange(0, PADDED_DIM // 2)
-            m_half = m_token[:, None] & (o_half < DIM // 2)[None, :]
-            # [BLOCK_T, PADDED_DIM / 2]
-            p_low = p_new_values + o_values[:, None] + o_half[None, :]
-            b_low = tl.load(p_low, mask=m_half, other=0.0)
-            b_high = tl.load(p_low + DIM // 2, mask=m_half, other=0.0)
-            store_int4_entries(p_values, entry + o_slot, o_half, b_low, b_high, m_half, m_token, DIM)
+            store_int4_entries(p_values, entry + o_slot, b_values, m_tile, m_token, DIM, PADDED_DIM, BLOCK_T)
         else:
-            # [BLOCK_T, PADDED_DIM]
-            b_values = tl.load(p_new_values + o_values[:, None] + o_d[None, :], mask=m_tile, other=0.0)
             store_entries(p_values, entry + o_slot, o_d, b_values, m_tile, m_token, DIM, QUANTIZED)
     tl.store(p_lengths + i_row, length + count)
 
@@ -190,14 +182,14 @@ def append(
         BLOCK_T=block,
         QUANTIZED=arena_keys.dtype == torch.int8,
         INT4_VALUES=arena_values.dtype == torch.uint8,
-        num_warps=warps(block),
+        num_warps=warps(block, arena_values.dtype == torch.uint8),
         num_stages=1,
     )
 
 
-def warps(block: int) -> int:
-    """One warp moves one token, four move a block."""
-    return 1 if block == 1 else 4
+def warps(block: int, turning: bool) -> int:
+    """One warp moves one token, four move a block, eight turn it as well."""
+    return 1 if block == 1 else 8 if turning else 4
 
 
 def variants() -> list[Variant]:
@@ -229,7 +221,7 @@ def append_variant(dtype: str, dim: int, block: int, *, ring: bool, values: str)
         signature=pointers | strides | {"n_tokens": "i32"} | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         divisible=frozenset(pointers | strides) - absent.keys(),
-        num_warps=warps(block),
+        num_warps=warps(block, values == "u8"),
         num_stages=1,
         streams=False,
     )

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from thinkkv.kernels.hadamard_triton import turned
 from thinkkv.kernels.variant import SMALL_FORMS, Variant
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -203,11 +204,13 @@ def attend_split(
     b_divisor = tl.where(b_total == 0.0, 1.0, b_total)
     # [R, n_splits, GROUP, n_queries], then DIM
     o_slot = ((i_row * n_splits + i_split) * GROUP + i_head) * n_queries + i_query
-    m_out = m_m[:, None] & m_d[None, :]
-    b_out = (b_out / b_divisor[:, None]).to(p_partial.dtype.element_ty)
-    tl.store(p_partial + o_slot[:, None] * DIM + o_d[None, :], b_out, mask=m_out)
     if p_levels is not None:
         tl.store(p_levels + o_slot, b_highest + tl.log2(b_divisor), mask=m_m)
+    b_out = b_out / b_divisor[:, None]
+    if INT4_VALUES:
+        b_out = turned(b_out, BLOCK_M, DIM, PADDED_DIM)  # every split by itself: the merge is a weighted sum, too
+    b_out = b_out.to(p_partial.dtype.element_ty)
+    tl.store(p_partial + o_slot[:, None] * DIM + o_d[None, :], b_out, mask=m_m[:, None] & m_d[None, :])
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_splits", "split"])

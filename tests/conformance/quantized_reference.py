@@ -13,6 +13,7 @@ import torch
 from transformers import AttentionInterface
 
 from tests.conformance.dense_reference import DenseReference, Kept
+from tests.kernels.sylvester import sylvester
 from tests.tiny_models import Batch
 
 NAME = "quantized-reference"
@@ -54,10 +55,7 @@ def to_16_steps(states: torch.Tensor) -> torch.Tensor:
 
 def to_16_steps_turned(states: torch.Tensor) -> torch.Tensor:
     """The same of [..., D] values that a Hadamard matrix turned, turned back."""
-    dim = states.shape[-1]
-    power = dim & -dim  # the largest in D
-    signs = np.array([[(-1) ** (i & j).bit_count() for j in range(power)] for i in range(power)])
-    turn = torch.from_numpy(np.kron(np.eye(dim // power), signs) / np.sqrt(power))
+    turn = sylvester(states.shape[-1])
     turned = to_16_steps((states.double() @ turn).float())
     return (turned.double() @ turn.T).float()
 
@@ -66,9 +64,8 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 ROUNDED: dict[str, tuple[Rounding, Rounding]] = {
     "int8": (to_255_steps, to_255_steps),
     "k8v4": (to_255_steps, to_16_steps_turned),
-    "k8v4 in Triton": (to_255_steps, to_16_steps),
 }
-"""Of keys and of values. Values in int4 are turned but where kernels in Triton store them."""
+"""Of keys and of values."""
 
 
 def _attention(

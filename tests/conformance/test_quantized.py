@@ -19,7 +19,6 @@ from tests.conformance.quantized_reference import QuantizedReference
 from tests.conformance.small_policies import ALWAYS_KEPT, NAMES, small_policy
 from tests.tiny_models import HEAD_DIM, KV_HEADS, VARIANTS, Case, windows
 from thinkkv import sdk
-from thinkkv.kernels.dispatch import choose
 from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.policies import Policy
 
@@ -53,8 +52,7 @@ def check(case: Case, policy: str, ratio: float, cache_dtype: str) -> None:
         found = torch.cat([last, conversation.feed_all(following)], dim=1)
     whole, columns = joined([prompt, *following]), prompt.ids.shape[1]
     real = whole.mask[:, columns - 1 :].bool()
-    rounding = "k8v4 in Triton" if (cache_dtype, choose("cpu").backend) == ("k8v4", "triton") else cache_dtype
-    expected = quantized_reference(case.variant, case.kv_heads, rounding).logits(whole, kept, prompt=columns)
+    expected = quantized_reference(case.variant, case.kv_heads, cache_dtype).logits(whole, kept, prompt=columns)
     assert_close(found[real], expected[real], rms=ROUNDING[cache_dtype])
     exact = reference_of(case.variant, case.kv_heads, case.dtype).logits(whole, kept, prompt=columns)
     assert relative_rms(found[real], exact[real]) > 2 * relative_rms(found[real], expected[real])

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.kernels.sylvester import sylvester
 from thinkkv.kernels.entries import LARGEST, SCALE_BYTES, STEPS, entries_of, entry_bytes, states_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -15,9 +16,13 @@ SMALL = [torch.int8, torch.uint8]
 """Dtypes of int8 and of int4 entries."""
 
 
-def half_a_step(states: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+def as_stored(states: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """[..., D] float64: the numbers that an entry rounds."""
+    return states.double() @ sylvester(states.shape[-1]) if stored == torch.uint8 else states.double()
+
+
+def half_a_step(exact: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     """[..., 1] float64: by how much a number of an entry may be off."""
-    exact = states.double()
     if stored == torch.int8:
         return exact.abs().amax(dim=-1, keepdim=True) / LARGEST / 2
     least, most = exact.aminmax(dim=-1, keepdim=True)
@@ -42,16 +47,18 @@ def test_no_number_is_off_by_more_than_half_a_step(
     assert entries.shape == (*shape, (dim if stored == torch.int8 else dim // 2) + SCALE_BYTES)
     assert entries.dtype == stored
     assert entries[..., 0].numel() * entry_bytes(dim, stored) == entries.nbytes
-    error = (states_of(entries, torch.float32).double() - states.double()).abs()
-    assert (error <= half_a_step(states, stored) * 1.0002).all()
+    exact, found = as_stored(states, stored), as_stored(states_of(entries, torch.float32), stored)
+    assert ((found - exact).abs() <= half_a_step(exact, stored) * 1.0002).all()
     assert states_of(entries, dtype).dtype == dtype
 
 
 def test_int4_numbers_lie_two_to_a_byte_behind_them_step_and_least() -> None:
-    states = torch.tensor([-2.0, -1.5, 0.0, 5.5, 1.0, 2.0, 3.0, 4.0])
+    turned = torch.tensor([-2.0, -1.5, 0.0, 5.5, 1.0, 2.0, 3.0, 4.0, 0.5, -0.5, 0.0, -1.0])
+    states = (turned.double() @ sylvester(12)).float()  # exact: multiples of a half
     entry = entries_of(states, torch.uint8).numpy()
-    assert [[byte & 15, byte >> 4] for byte in entry[:4].tolist()] == [[0, 6], [1, 8], [4, 10], [15, 12]]
-    assert entry[4:].view(np.float16).tolist() == [0.5, -2.0]
+    numbers = [[byte & 15, byte >> 4] for byte in entry[:6].tolist()]
+    assert numbers == [[0, 10], [1, 12], [4, 5], [15, 3], [6, 4], [8, 2]]
+    assert entry[6:].view(np.float16).tolist() == [0.5, -2.0]
     assert torch.equal(states_of(torch.from_numpy(entry), torch.float32), states)
 
 
