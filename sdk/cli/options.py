@@ -18,6 +18,7 @@ POLICY_NAMES = (
     "retrieval-kv",
     "evidence-kv",
     "rehearsed-kv",
+    "reread-kv",
     "streaming-llm",
     "snapkv",
     "pyramidkv",
@@ -31,6 +32,7 @@ PROFILE_SCORES = {
     "retrieval-kv": "retrieval",
     "evidence-kv": "retrieval",
     "rehearsed-kv": "retrieval",
+    "reread-kv": "retrieval",
 }
 """The policies that take a profile, and which score it holds; repeated for the same reason."""
 

@@ -10,15 +10,26 @@ from thinkkv.sdk.policies.kvzip import KVzip
 from thinkkv.sdk.policies.policy import CacheDtype, Policy
 from thinkkv.sdk.policies.pyramidkv import PyramidKV
 from thinkkv.sdk.policies.rehearsed_kv import RehearsedKV
+from thinkkv.sdk.policies.reread_kv import RereadKV
 from thinkkv.sdk.policies.retrieval_kv import RetrievalKV
 from thinkkv.sdk.policies.snapkv import SnapKV
 from thinkkv.sdk.policies.streaming_llm import StreamingLLM
 from thinkkv.sdk.policies.task_kv import TaskKV
 
-POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy
-    for policy in (Full, TaskKV, RetrievalKV, EvidenceKV, RehearsedKV, StreamingLLM, SnapKV, PyramidKV, AdaKV, KVzip)
-}
+_ALL: tuple[type[Policy], ...] = (
+    Full,
+    TaskKV,
+    RetrievalKV,
+    EvidenceKV,
+    RehearsedKV,
+    RereadKV,
+    StreamingLLM,
+    SnapKV,
+    PyramidKV,
+    AdaKV,
+    KVzip,
+)
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in _ALL}
 
 __all__ = [
     "POLICIES",
@@ -30,6 +41,7 @@ __all__ = [
     "Policy",
     "PyramidKV",
     "RehearsedKV",
+    "RereadKV",
     "RetrievalKV",
     "SnapKV",
     "StreamingLLM",

@@ -15,6 +15,7 @@ import torch
 
 from thinkkv.sdk.budget import LayerBudget
 from thinkkv.sdk.plan import KeepPlan, PromptView, pool
+from thinkkv.sdk.policies.ranked_heads import full_heads, keeps_whole
 from thinkkv.sdk.policies.ranked_tokens import keep_best
 from thinkkv.sdk.policies.retrieval_kv import RetrievalKV
 
@@ -50,7 +51,7 @@ class EvidenceKV(RetrievalKV):
         return [
             KeepPlan.where(
                 mine,
-                heterogeneous=self.full_heads(prompt, budget),
+                heterogeneous=full_heads(self.head_scores, self.share, prompt, budget),
                 head_scores=torch.tensor(self.head_scores[prompt.layer]),
             )
             for prompt, budget, mine in zip(prompts, budgets, kept, strict=True)
@@ -62,7 +63,7 @@ class EvidenceKV(RetrievalKV):
 
     def _certain(self, prompt: PromptView, budget: LayerBudget, scores: torch.Tensor) -> torch.Tensor:
         """[n, N] bool: what is kept whatever other layers need."""
-        if self.keeps_whole(prompt, budget):
+        if keeps_whole(prompt, budget):
             return torch.ones_like(scores, dtype=torch.bool)
         split = self.split(prompt, budget)
         ranked = scores.clone()

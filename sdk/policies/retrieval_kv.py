@@ -13,9 +13,16 @@ from typing import ClassVar
 
 import torch
 
-from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
+from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt
 from thinkkv.sdk.plan import KeepPlan, PromptView
-from thinkkv.sdk.policies.ranked_heads import SHARE, HeadScores, best_heads, check_ranking, ranked
+from thinkkv.sdk.policies.ranked_heads import (
+    SHARE,
+    HeadScores,
+    check_ranking,
+    full_heads,
+    keeps_whole,
+    with_full_heads,
+)
 from thinkkv.sdk.policies.sinks_middle_recent import SinksMiddleRecent, Split
 
 WINDOWS = 8
@@ -49,49 +56,19 @@ class RetrievalKV(SinksMiddleRecent):
     def layer_budgets(self, layers: Sequence[LayerPrompt], budget: Budget) -> list[LayerBudget]:
         """As many of the best heads as fit are full; every other head of the model gets the same tokens."""
         check_ranking(self.name, self.head_scores)
-        total = sum(layer.tokens for layer in even_layers(layers, budget))
-        visible = {layer.layer: layer.visible for layer in layers}
-        ranking = ranked(self.head_scores, (layer.layer for layer in layers))
-        for count in range(round(self.share * len(ranking)), -1, -1):
-            full = ranking[:count]
-            left = total - sum(visible[layer] for layer, _ in full)
-            each = _level([visible[layer] for layer, _ in ranking[count:]], left)
-            if each >= self.sinks + self.recent:
-                break
-        return [self._layer(layer, each, tuple(sorted(h for at, h in full if at == layer.layer))) for layer in layers]
+        return with_full_heads(self.head_scores, self.share, layers, budget, least=self.sinks + self.recent)
 
     def plan(self, prompt: PromptView, budget: LayerBudget) -> KeepPlan:
         """Keep everything in the budget's full heads, sinks + middle + recent in the others."""
-        full, scores = self.full_heads(prompt, budget), torch.tensor(self.head_scores[prompt.layer])
-        if self.keeps_whole(prompt, budget):
+        full = full_heads(self.head_scores, self.share, prompt, budget)
+        scores = torch.tensor(self.head_scores[prompt.layer])
+        if keeps_whole(prompt, budget):
             return KeepPlan.everything(prompt, heterogeneous=full, head_scores=scores)
         window = prompt.per_kv_head(prompt.window_scores(self.observation_window))
         kept = self.keep(prompt, full, self.split(prompt, budget), window)
         return KeepPlan(kept=kept, heterogeneous=full, head_scores=scores)
 
-    def keeps_whole(self, prompt: PromptView, budget: LayerBudget) -> bool:
-        """Whether nothing of this layer is evicted."""
-        return budget.tokens >= prompt.tokens * prompt.kv_heads
-
-    def full_heads(self, prompt: PromptView, budget: LayerBudget) -> tuple[int, ...]:
-        """Those of the budget; where nothing is evicted, those that would keep everything."""
-        whole = self.keeps_whole(prompt, budget)
-        return best_heads(self.head_scores, self.share)[prompt.layer] if whole else budget.full_heads
-
     def split(self, prompt: PromptView, budget: LayerBudget) -> Split:
         """What each of the other heads keeps of a layer that is not kept whole."""
         full = len(budget.full_heads)
         return self.split_of(full, (budget.tokens - full * prompt.tokens) // (prompt.kv_heads - full))
-
-    @staticmethod
-    def _layer(layer: LayerPrompt, each: int, full: tuple[int, ...]) -> LayerBudget:
-        others = layer.kv_heads - len(full)
-        return LayerBudget(len(full) * layer.visible + others * min(each, layer.visible), full)
-
-
-def _level(visible: Sequence[int], tokens: int) -> int:
-    """Tokens per head if what heads of short layers cannot use goes to those of long ones."""
-    rest = sorted(visible)
-    while rest and tokens // len(rest) >= rest[0]:
-        tokens -= rest.pop(0)
-    return tokens // len(rest) if rest else max(visible, default=tokens)

@@ -11,6 +11,7 @@ from thinkkv.sdk.policies import (
     Policy,
     PyramidKV,
     RehearsedKV,
+    RereadKV,
     RetrievalKV,
     SnapKV,
     StreamingLLM,
@@ -23,6 +24,7 @@ SMALLEST = {
     "retrieval-kv": 6,
     "evidence-kv": 6,
     "rehearsed-kv": 5,
+    "reread-kv": 5,
     "streaming-llm": 3,
     "snapkv": 5,
     "pyramidkv": 5,
@@ -31,7 +33,14 @@ SMALLEST = {
 }
 """Tokens per head that each policy below cannot do without, by its constants."""
 
-ALWAYS_KEPT = SMALLEST | {"task-kv": 10, "retrieval-kv": 34, "evidence-kv": 34, "rehearsed-kv": 26, "kvzip": 26}
+ALWAYS_KEPT = SMALLEST | {
+    "task-kv": 10,
+    "retrieval-kv": 34,
+    "evidence-kv": 34,
+    "rehearsed-kv": 26,
+    "reread-kv": 26,
+    "kvzip": 26,
+}
 """Prompts up to this length stay whole."""
 
 NAMES = tuple(SMALLEST)
@@ -47,6 +56,7 @@ def small_policy(name: str, kv_heads: int) -> Policy:
         "retrieval-kv": RetrievalKV(head_scores=made_up, sinks=2, recent=6, observation_window=4, pooling=3),
         "evidence-kv": EvidenceKV(head_scores=made_up, sinks=2, recent=6, observation_window=4, pooling=3),
         "rehearsed-kv": RehearsedKV(head_scores=made_up, power=4, pooling=3, sinks=2, recent=3, whole=26),
+        "reread-kv": RereadKV(head_scores=made_up, share=0.2, sinks=2, recent=3, whole=26),
         "streaming-llm": StreamingLLM(sinks=2),
         "snapkv": SnapKV(observation_window=4, pooling=3),
         "pyramidkv": PyramidKV(observation_window=4, pooling=3, beta=4),

@@ -23,6 +23,7 @@ from thinkkv.sdk.policies import (
     Policy,
     PyramidKV,
     RehearsedKV,
+    RereadKV,
     RetrievalKV,
     SnapKV,
     StreamingLLM,
@@ -63,6 +64,7 @@ def policies(draw: st.DrawFn, name: str, model: Model) -> Policy:
         "evidence-kv": voting
         | ends
         | {"head_scores": scores, "share": draw(st.floats(0, 1)), "floor": draw(st.floats(0, 1))},
+        "reread-kv": ends | whole | {"head_scores": scores, "share": draw(st.floats(0, 1))},
         "rehearsed-kv": ends
         | whole
         | {
@@ -98,7 +100,7 @@ def must_keep(policy: Policy, tokens: int) -> tuple[int, int]:
         return 0, policy.observation_window
     if isinstance(policy, StreamingLLM):
         return policy.sinks, 1
-    if isinstance(policy, (KVzip, RehearsedKV)):
+    if isinstance(policy, (KVzip, RehearsedKV, RereadKV)):
         return policy.sinks, policy.recent
     return tokens, 0
 
@@ -161,7 +163,7 @@ def test_a_prompt_of_its_ends_alone_is_kept_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [49, 128, 272, 273])
-@pytest.mark.parametrize("name", ["task-kv", "retrieval-kv", "evidence-kv", "rehearsed-kv", "kvzip"])
+@pytest.mark.parametrize("name", ["task-kv", "retrieval-kv", "evidence-kv", "rehearsed-kv", "reread-kv", "kvzip"])
 def test_a_quarter_of_a_short_prompt_is_never_too_little(name: str, tokens: int) -> None:
     probe = Model(kv_heads=2, group=2, windows=(None,) * 2, tokens=tokens, seed=0)
     policy = defaults(name, probe)
