@@ -15,7 +15,7 @@ import torch
 
 from thinkkv.sdk.budget import LayerBudget
 from thinkkv.sdk.plan import KeepPlan, PromptView, pool
-from thinkkv.sdk.policies.ranked_heads import full_heads, keeps_whole
+from thinkkv.sdk.policies.ranked_heads import keeps_whole, plans_where
 from thinkkv.sdk.policies.ranked_tokens import keep_best
 from thinkkv.sdk.policies.retrieval_kv import RetrievalKV
 
@@ -48,14 +48,7 @@ class EvidenceKV(RetrievalKV):
         scores = [self._scores(prompt) for prompt in prompts]
         certain = [self._certain(*layer) for layer in zip(prompts, budgets, scores, strict=True)]
         kept = keep_best(certain, scores, sum(budget.tokens for budget in budgets))
-        return [
-            KeepPlan.where(
-                mine,
-                heterogeneous=full_heads(self.head_scores, self.share, prompt, budget),
-                head_scores=torch.tensor(self.head_scores[prompt.layer]),
-            )
-            for prompt, budget, mine in zip(prompts, budgets, kept, strict=True)
-        ]
+        return plans_where(kept, prompts, budgets, self.head_scores, self.share)
 
     def _scores(self, prompt: PromptView) -> torch.Tensor:
         """[n, N] float32: the window's attention to each token and its neighbours."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from thinkkv.patches.errors import ProfileMismatchError
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
-from thinkkv.sdk.plan import PromptView
+from thinkkv.sdk.plan import KeepPlan, PromptView
 
 HeadScores = tuple[tuple[float, ...], ...]
 """[layers][KV heads], higher keeps more."""
@@ -69,6 +71,24 @@ def keeps_whole(prompt: PromptView, budget: LayerBudget) -> bool:
 def full_heads(scores: HeadScores, share: float, prompt: PromptView, budget: LayerBudget) -> tuple[int, ...]:
     """Those of the budget; where nothing is evicted, those that would keep everything."""
     return best_heads(scores, share)[prompt.layer] if keeps_whole(prompt, budget) else budget.full_heads
+
+
+def plans_where(
+    kept: Sequence[torch.Tensor],
+    prompts: Sequence[PromptView],
+    budgets: Sequence[LayerBudget],
+    scores: HeadScores,
+    share: float,
+) -> list[KeepPlan]:
+    """The plans that keep what a [n, N] mask for each layer says, with the full heads named."""
+    return [
+        KeepPlan.where(
+            mine,
+            heterogeneous=full_heads(scores, share, prompt, budget),
+            head_scores=torch.tensor(scores[prompt.layer]),
+        )
+        for mine, prompt, budget in zip(kept, prompts, budgets, strict=True)
+    ]
 
 
 def _layer_budget(layer: LayerPrompt, each: int, full: tuple[int, ...]) -> LayerBudget:

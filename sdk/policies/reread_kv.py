@@ -16,7 +16,7 @@ import torch
 
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt
 from thinkkv.sdk.plan import KeepPlan, PromptView
-from thinkkv.sdk.policies.ranked_heads import HeadScores, check_ranking, full_heads, keeps_whole, with_full_heads
+from thinkkv.sdk.policies.ranked_heads import HeadScores, check_ranking, keeps_whole, plans_where, with_full_heads
 from thinkkv.sdk.policies.ranked_tokens import keep_best
 from thinkkv.sdk.policies.rehearsing import Rehearsing
 
@@ -52,14 +52,7 @@ class RereadKV(Rehearsing):
         certain = [self._certain(*layer) for layer in zip(prompts, budgets, strict=True)]
         scores = [self._scores(prompt, mine) for prompt, mine in zip(prompts, certain, strict=True)]
         kept = keep_best(certain, scores, sum(budget.tokens for budget in budgets))
-        return [
-            KeepPlan.where(
-                mine,
-                heterogeneous=full_heads(self.head_scores, self.share, prompt, budget),
-                head_scores=torch.tensor(self.head_scores[prompt.layer]),
-            )
-            for prompt, budget, mine in zip(prompts, budgets, kept, strict=True)
-        ]
+        return plans_where(kept, prompts, budgets, self.head_scores, self.share)
 
     def _certain(self, prompt: PromptView, budget: LayerBudget) -> torch.Tensor:
         """[n, N] bool: what is kept whatever it is ranked."""
