@@ -152,8 +152,7 @@ def row_operations(device: torch.device | str, *, traced: bool = False) -> RowOp
     compact, append, ragged_decode = (_load(name, backend) for name in ROW_OPERATIONS)
     if traced and backend == "torch":
         append, ragged_decode = (_function("traced", name) for name in ("append", "ragged_decode"))
-    counting = traced or backend != "torch"
-    return RowOperations(compact, append, ragged_decode, counting)
+    return RowOperations(compact, append, ragged_decode, counting=traced or backend != "torch")
 
 
 @cache

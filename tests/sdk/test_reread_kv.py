@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.sdk.planning import Model, plans_of
@@ -56,7 +56,11 @@ def test_full_heads_and_the_best_of_the_rest_are_kept(
                     kept.add(place)
                 else:
                     others[place] = view.rehearsed[head, token].item() * view.rehearsed_sum[head, token].item()
-    kept |= set(sorted(others, key=lambda place: -others[place])[: total - len(kept)])
+    order = sorted(others, key=lambda place: -others[place])
+    left = total - len(kept)
+    # Here scores are multiplied in float64: two of them at the cut that are one in float32 have no order.
+    assume(not 0 < left < len(order) or others[order[left - 1]] > (1 + 1e-5) * others[order[left]])
+    kept |= set(order[:left])
     for view, _, plan in found:
         for head, positions in enumerate(plan.kept):
             assert positions.tolist() == sorted(token for at, h, token in kept if (at, h) == (view.layer, head))
