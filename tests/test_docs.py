@@ -25,7 +25,7 @@ from thinkkv.sdk.evaluation.tasks import is_known
 from thinkkv.sdk.speed.torch_contender import STOCK
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 SHELL = ("", "sh", "bash", "console")
 """How a code block is marked that holds commands."""
 FOLDERS = ("benchmarks", "docs", "export", "kernels", "patches", "recipes", "sdk", "tests")
