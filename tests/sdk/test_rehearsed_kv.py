@@ -10,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.sdk.planning import LAYERS, Model, plans_of
-from thinkkv import sdk
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, even_layers
-from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.plan import KeepPlan, PromptView
 from thinkkv.sdk.policies import RehearsedKV
 
@@ -155,21 +153,3 @@ def test_of_a_prompt_that_is_kept_whole_they_are_the_best_fifth(ratio: float) ->
     assert found is not None
     assert [plan.heterogeneous for *_, plan in found] == [(4,), (4,)]
     assert all(plan.tokens == 5 * view.tokens for view, _, plan in found)
-
-
-def test_without_a_profile_it_says_where_to_get_one() -> None:
-    with pytest.raises(sdk.ProfileMismatchError, match=r"rehearsed-kv chooses .*`thinkkv patch --score retrieval`"):
-        RehearsedKV().layer_budgets([LayerPrompt(0, 2, 1000)], Budget(ratio=0.5))
-
-
-def test_too_small_a_budget_is_told_what_is_enough() -> None:
-    compression = Compression(policy(), Budget(ratio=0.04), PROBE.shapes())
-    with pytest.raises(sdk.BudgetError, match=r"rehearsed-kv needs at least 5 - use --ratio 0\.05 or more"):
-        compression.allocate(100)
-
-
-@pytest.mark.parametrize("missing", ["rehearsed", "rehearsed_sum"])
-def test_layers_called_without_their_decoder_are_told_so(missing: str) -> None:
-    view = replace(PROBE.view(0), **{missing: None})
-    with pytest.raises(sdk.UnsupportedGenerationError, match="rehearsed-kv needs a prompt that was read twice"):
-        policy().plan(view, LayerBudget(100, per_head=(30, 50)))

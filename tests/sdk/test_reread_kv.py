@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.sdk.planning import Model, plans_of
-from thinkkv import sdk
-from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt
-from thinkkv.sdk.compression import Compression
+from thinkkv.sdk.budget import Budget, LayerBudget
 from thinkkv.sdk.policies import RereadKV
 
 SCORES = ((1.0, 0.25), (0.5, 0.75))
@@ -84,21 +81,3 @@ def test_of_a_prompt_that_is_kept_whole_the_best_heads_are_still_named() -> None
     assert found is not None
     assert [plan.heterogeneous for *_, plan in found] == [(0,), ()]
     assert all(plan.tokens == 200 for *_, plan in found)
-
-
-def test_without_a_profile_it_says_where_to_get_one() -> None:
-    with pytest.raises(sdk.ProfileMismatchError, match=r"reread-kv chooses .*`thinkkv patch --score retrieval`"):
-        RereadKV().layer_budgets([LayerPrompt(0, 2, 1000)], Budget(ratio=0.5))
-
-
-def test_too_small_a_budget_is_told_what_is_enough() -> None:
-    compression = Compression(policy(), Budget(ratio=0.04), PROBE.shapes())
-    with pytest.raises(sdk.BudgetError, match=r"reread-kv needs at least 5 - use --ratio 0\.05 or more"):
-        compression.allocate(100)
-
-
-@pytest.mark.parametrize("missing", ["rehearsed", "rehearsed_sum"])
-def test_layers_called_without_their_decoder_are_told_so(missing: str) -> None:
-    view = replace(PROBE.view(0), **{missing: None})
-    with pytest.raises(sdk.UnsupportedGenerationError, match="reread-kv needs a prompt that was read twice"):
-        policy().plan(view, LayerBudget(100))
