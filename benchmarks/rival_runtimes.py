@@ -125,11 +125,11 @@ def _answers(options: argparse.Namespace, setting: Setting) -> Iterator[Row]:
     """Scores of one setting, a row for each task and way of asking."""
     samples = [json.loads(line) for line in (options.folder / "samples.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(options.folder / "checkpoint")
-    for question in ("in-window", "after") if setting.compressed else ("in-window",):
-        out = options.folder / f"answers-{SETTINGS.index(setting)}-{question}.jsonl"
-        when = ["--after"] if question == "after" else []
-        _run(options, setting, options.context, "answer", *when, "--out", out)
-        found = [json.loads(line) for line in out.read_text().splitlines()]
+    out = options.folder / f"answers-{SETTINGS.index(setting)}.jsonl"
+    _run(options, setting, options.context, "answer", *(["--after"] if setting.compressed else []), "--out", out)
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    for question in dict.fromkeys(row["question"] for row in answers):
+        found = [row for row in answers if row["question"] == question]
         for task in dict.fromkeys(sample["task"] for sample in samples):
             scores = [
                 share_found(sample["answers"], tokenizer.decode(row["said"], skip_special_tokens=True))

@@ -15,9 +15,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
+QUESTIONS = ("in-window", "after")
 WARM_UP = 2
 """Decode steps that do not count."""
 
@@ -211,7 +213,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="checkpoint, bundle or GGUF file")
     parser.add_argument("work", choices=("answer", "speed"))
     parser.add_argument("--samples", type=Path, required=True, help="what samples.py wrote")
-    parser.add_argument("--after", action="store_true", help="the question comes after the compression")
+    parser.add_argument("--after", action="store_true", help="then again, the question after the compression")
     parser.add_argument("--context", type=int, default=2048, help="tokens of the timed prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--new", type=int, default=48, help="decode steps that are timed")
@@ -220,21 +222,22 @@ def main() -> None:
     runtime: Runtime = RUNTIMES[options.runtime](options.model, options.threads, options.new + WARM_UP + 1)
     samples = [json.loads(line) for line in options.samples.read_text().splitlines()]
     if options.work == "answer":
-        answer(runtime, samples, options.after, options.out)
+        answer(runtime, samples, QUESTIONS if options.after else QUESTIONS[:1], options.out)
     else:
         ids = [token for sample in samples for token in sample["context"]]
         ids = (ids * (options.context // len(ids) + 1))[: options.context]
         print(json.dumps(timed(runtime, ids, options.new) | {"version": version(runtime.package)}), flush=True)
 
 
-def answer(runtime: Runtime, samples: Sequence[dict[str, Any]], after: bool, out: Path) -> None:
-    """Append the answers that are missing."""
+def answer(runtime: Runtime, samples: Sequence[dict[str, Any]], questions: Sequence[str], out: Path) -> None:
+    """Append the answers that are missing: of all samples, for each way of asking."""
     done = len(out.read_text().splitlines()) if out.exists() else 0
     with out.open("a") as file:
-        for sample in samples[done:]:
+        for question, sample in list(product(questions, samples))[done:]:
             turns = [sample["context"], sample["question"]]
-            said = runtime.answer(turns if after else [turns[0] + turns[1]], sample["new_tokens"])
-            file.write(json.dumps({"said": said, "cache_bytes": runtime.cache_bytes()}) + "\n")
+            said = runtime.answer(turns if question == "after" else [turns[0] + turns[1]], sample["new_tokens"])
+            row = {"question": question, "said": said, "cache_bytes": runtime.cache_bytes()}
+            file.write(json.dumps(row) + "\n")
             file.flush()
 
 

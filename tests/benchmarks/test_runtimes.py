@@ -35,6 +35,8 @@ def test_rivals_answer_the_same_samples_and_hold_more(run: Any, tmp_path: Path, 
     answers = json.loads((tmp_path / "rows.json").read_text())["answers"]
     assert {row["setting"] for row in answers} == rows.keys()
     assert all(row["score"] == 1 for row in answers if row["question"] == "in-window")
+    asked_twice = {row["setting"] for row in answers if row["question"] == "after"}
+    assert asked_twice == {"thinkkv on transformers", "onnxruntime-genai, our export"}
     assert all(row["decode_tokens_per_second"] > 1 < row["prefill_tokens_per_second"] for row in rows.values())
     ours, stock = (rows[f"onnxruntime-genai, {whose} export"]["cache_bytes"] for whose in ("our", "its"))
     assert ours < 0.5 * stock
