@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 BUILDER = "onnxruntime_genai.models.builder"
 
@@ -34,7 +33,7 @@ class WarmBuilder:
         assert (capture_output, text, check) == (True, True, False)
         with tempfile.TemporaryDirectory() as folder:
             said = [Path(folder, name) for name in ("stdout", "stderr")]
-            process: Any = self._context.Process(target=_build, args=(list(command[3:]), dict(env), *said))
+            process = self._context.Process(target=_build, args=(list(command[3:]), dict(env), *said))
             process.start()
             process.join()
             return subprocess.CompletedProcess(list(command), process.exitcode, *(path.read_text() for path in said))

@@ -95,10 +95,9 @@ class TestRetrieval:
         marked = {(layer, head) for layer, row in enumerate(retrieval_profile.heterogeneous) for head in row}
         assert marked == best
 
-    def test_it_makes_its_own_prompts_and_always_the_same(
+    def test_it_makes_its_own_prompts(
         self, model: Any, char_tokenizer: Any, retrieval_profile: sdk.HeadProfile
     ) -> None:
-        torch.manual_seed(99)
         other = sdk.calibrate(model, char_tokenizer, ["anything"], score="retrieval")
         assert other == retrieval_profile
 
@@ -106,11 +105,13 @@ class TestRetrieval:
 class TestRuns:
     """What every calibration promises."""
 
-    def test_distances_are_always_the_same(
-        self, model: Any, char_tokenizer: Any, distance_profile: sdk.HeadProfile
+    @pytest.mark.parametrize("score", ["distance", "retrieval"])
+    def test_it_is_deterministic(
+        self, model: Any, char_tokenizer: Any, score: str, request: pytest.FixtureRequest
     ) -> None:
         torch.manual_seed(99)
-        assert sdk.calibrate(model, char_tokenizer, TEXTS) == distance_profile
+        again = sdk.calibrate(model, char_tokenizer, TEXTS, score=score)
+        assert again == request.getfixturevalue(f"{score}_profile")
 
     @pytest.mark.parametrize("score", ["distance", "retrieval"])
     def test_it_leaves_the_model_as_it_was(self, char_tokenizer: Any, score: str) -> None:
