@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -44,6 +46,16 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.task.name}, {self.size} tokens, question {self.question}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one sample shows of one cache: the fields of an ``Outcome``."""
+
+    score: float
+    said: str
+    loss: float | None
+    divergence: float
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,8 @@ class Evaluation:
         if not missing:
             return
         size = max(1, min(8, self.batch_tokens // cell.size))
-        batches = [missing[at : at + size] for at in range(0, len(missing), size)]
+        texts = _by_text(cell, missing)
+        batches = [list(chain.from_iterable(texts[at : at + size])) for at in range(0, len(texts), size)]
         for batch in progress(str(cell))(batches):
             left = {
                 setting: compression
@@ -152,40 +165,72 @@ class Evaluation:
         self, cell: Cell, numbers: Sequence[int], compressions: Mapping[Setting, Compression]
     ) -> Iterator[list[Outcome]]:
         """The outcomes of one batch of samples, setting by setting."""
-        samples = list(self._samples(cell, numbers))
-        prompts = [_compressed(cell, sample) for sample in samples]
-        filled = prefill(self.model, prompts, compressions.values())
+        samples = dict(zip(numbers, self._samples(cell, numbers), strict=True))
+        prompts: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+        for number, sample in samples.items():
+            prompts[_compressed(cell, sample)].append(number)
+        filled = prefill(self.model, list(prompts), compressions.values())
+        rounds = [{number: samples[number] for number in asked} for asked in _rounds(list(prompts.values()))]
         whole = replace(next(iter(compressions.values())), policy=Full(), budget=Budget(ratio=1.0))
-        reference = self._predicted(cell, samples, *self._asked(cell, samples, filled, filled.cache(whole)))
+        reference: dict[int, torch.Tensor] = {}
+        for turn, asked in self._turns(filled, filled.cache(whole), rounds):
+            mine = list(asked.values())
+            logits = self._ask(cell, mine, turn, filled)
+            reference |= zip(asked, self._predicted(cell, mine, turn, logits), strict=True)
         for setting, compression in compressions.items():
             cache = filled.cache(compression)
             held = report(cache).bytes
-            turn, logits = self._asked(cell, samples, filled, cache)
-            # In a cache of their own: this one gets the model's answers.
-            predicted = reference if compression == whole else self._predicted(cell, samples, turn.copy(), logits)
-            losses = [loss(*pair) for pair in zip(predicted, self._texts(cell, samples), strict=True)]
-            distances = [divergence(*pair) for pair in zip(predicted, reference, strict=True)]
-            is_answer = cell.task.metric != "perplexity"
-            scores = self._answers(cell, samples, turn, logits) if is_answer else [(one, "") for one in losses]
+            found: dict[int, Measured] = {}
+            for turn, asked in self._turns(filled, cache, rounds):
+                known = [reference[number] for number in asked]
+                measured = self._measure(cell, list(asked.values()), turn, filled, known, compression == whole)
+                found |= zip(asked, measured, strict=True)
             yield [
                 Outcome(
-                    cell.task.name, cell.question, cell.size, number, setting.name, setting.ratio, len(prompt),
-                    score, said, held.physical // len(samples), held.used // len(samples),
-                    answer_loss if is_answer else None, distance,
+                    cell.task.name, cell.question, cell.size, number, setting.name, setting.ratio,
+                    len(_compressed(cell, samples[number])), found[number].score, found[number].said,
+                    held.physical // len(prompts), held.used // len(prompts),
+                    found[number].loss, found[number].divergence,
                 )
-                for number, prompt, (score, said), answer_loss, distance in zip(
-                    numbers, prompts, scores, losses, distances, strict=True
-                )
+                for number in numbers
             ]  # fmt: skip
 
-    def _asked(
-        self, cell: Cell, samples: Sequence[Encoded], filled: Prefill, cache: HeterogeneousCache
-    ) -> tuple[Turn, torch.Tensor]:
-        """Conversations after their questions, and [B, V] what follows: these are fed now, or were compressed, too."""
+    def _turns(
+        self, filled: Prefill, cache: HeterogeneousCache, rounds: Sequence[Mapping[int, Encoded]]
+    ) -> Iterator[tuple[Turn, Mapping[int, Encoded]]]:
+        """For every round of questions the conversations in which they are asked, with nothing of another round."""
         turn = Turn(self.model, cache, filled.mask)
+        for asked in rounds:
+            yield (turn if asked is rounds[-1] else turn.copy()), asked
+
+    def _measure(
+        self,
+        cell: Cell,
+        samples: Sequence[Encoded],
+        turn: Turn,
+        filled: Prefill,
+        reference: Sequence[torch.Tensor],
+        is_whole: bool,
+    ) -> list[Measured]:
+        """What one round of samples shows."""
+        logits = self._ask(cell, samples, turn, filled)
+        # In a cache of their own: this one gets the model's answers.
+        predicted = reference if is_whole else self._predicted(cell, samples, turn.copy(), logits)
+        losses = [loss(*pair) for pair in zip(predicted, self._texts(cell, samples), strict=True)]
+        distances = [divergence(*pair) for pair in zip(predicted, reference, strict=True)]
+        if cell.task.metric == "perplexity":
+            return [Measured(mine, "", None, distance) for mine, distance in zip(losses, distances, strict=True)]
+        answers = self._answers(cell, samples, turn, logits)
+        return [
+            Measured(score, said, mine, distance)
+            for (score, said), mine, distance in zip(answers, losses, distances, strict=True)
+        ]
+
+    def _ask(self, cell: Cell, samples: Sequence[Encoded], turn: Turn, filled: Prefill) -> torch.Tensor:
+        """[B, V]: what follows the questions, which are fed now, or were compressed, too."""
         if cell.question == "in-window" or cell.task.metric == "perplexity":  # whose question is what is scored
-            return turn, filled.logits
-        return turn, turn.feed([sample.question for sample in samples], keep=1)[:, -1]
+            return filled.logits
+        return turn.feed([sample.question for sample in samples], keep=1)[:, -1]
 
     def _predicted(
         self, cell: Cell, samples: Sequence[Encoded], turn: Turn, logits: torch.Tensor
@@ -237,6 +282,19 @@ class Evaluation:
 def key(cell: Cell, number: int, setting: Setting) -> tuple[Any, ...]:
     """Of an outcome in the journal."""
     return cell.task.name, cell.question, cell.size, number, setting.name, setting.ratio
+
+
+def _by_text(cell: Cell, numbers: Sequence[int]) -> list[list[int]]:
+    """Samples whose text is compressed alone, together with those of the same text; every other by itself."""
+    found: dict[int, list[int]] = {}
+    for number in numbers:
+        found.setdefault(cell.task.text_of(number) if cell.question == "after" else number, []).append(number)
+    return list(found.values())
+
+
+def _rounds(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """One sample of each prompt a round, until all have been asked; where one has fewer, its last is asked again."""
+    return [[mine[min(turn, len(mine) - 1)] for mine in prompts] for turn in range(max(map(len, prompts)))]
 
 
 def _ways(task: Task, questions: Sequence[Question]) -> Sequence[Question]:

@@ -66,32 +66,30 @@ def encode(tokenizer: Any, sample: Sample) -> Encoded:
     return Encoded(sample, tuple(context), tuple(question))
 
 
-def fit(layout: Layout, tokenizer: Any, size: int) -> Encoded:
-    """The longest sample of a layout that has at most ``size`` tokens.
+def fit(layouts: Sequence[Layout], tokenizer: Any, size: int) -> list[Encoded]:
+    """The longest samples of one text, with as much filler each, that have at most ``size`` tokens.
 
     Args:
-        layout: makes samples by their amount of filler.
+        layouts: make samples by their amount of filler, one for each question.
         tokenizer: counts.
         size: of context and question, tokens.
 
     Raises:
-        ThinkKVError: even without filler it is longer.
+        ThinkKVError: even without filler one is longer.
     """
-    smallest = encode(tokenizer, layout(0))
-    if smallest.tokens > size:
-        raise ThinkKVError(
-            f"a context of {size} tokens is too short: the task alone has {smallest.tokens} - ask for more"
-        )
+
+    def tokens(pieces: int) -> int:
+        return max(encode(tokenizer, layout(pieces)).tokens for layout in layouts)
+
+    if (smallest := tokens(0)) > size:
+        raise ThinkKVError(f"a context of {size} tokens is too short: the task alone has {smallest} - ask for more")
     least, most = 0, 1
-    while encode(tokenizer, layout(most)).tokens <= size:
+    while tokens(most) <= size:
         least, most = most, 2 * most
     while most - least > 1:
         middle = (least + most) // 2
-        if encode(tokenizer, layout(middle)).tokens <= size:
-            least = middle
-        else:
-            most = middle
-    return encode(tokenizer, layout(least))
+        least, most = (middle, most) if tokens(middle) <= size else (least, middle)
+    return [encode(tokenizer, layout(least)) for layout in layouts]
 
 
 def scattered(

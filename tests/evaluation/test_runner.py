@@ -91,6 +91,48 @@ def test_an_answer_is_as_long_in_a_batch_as_alone(evaluation, tmp_path):
     assert lengths[0] < lengths[1] < lengths[2]
 
 
+class Documents(Lengths):
+    """Two texts, the first asked about once, the second three times."""
+
+    def text_of(self, index: int) -> int:
+        return min(index, 1)
+
+    def sample(self, tokenizer: Any, size: int, index: int, seed: int) -> Encoded:
+        text = super().sample(tokenizer, size, min(index, 1), seed)
+        question = super().sample(tokenizer, size, index, seed).question
+        return Encoded(Sample("", "", ("x" * (1 + 2 * index),)), text.context, question)
+
+
+@pytest.mark.parametrize("batch_tokens", [8192, 1])
+@pytest.mark.parametrize("question", ["in-window", "after"])
+def test_what_is_asked_of_one_text_is_answered_as_if_it_were_asked_alone(evaluation, tmp_path, question, batch_tokens):
+    class Alone(Documents):
+        text_of = Lengths.text_of
+
+    found, forwards = [], []
+    for task, tokens in ((Documents(), batch_tokens), (Alone(), 1)):
+        read: list[int] = []
+        hook = evaluation.model.model.register_forward_hook(
+            lambda module, args, kwargs, out, read=read: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        journal = Journal(tmp_path / f"{type(task).__name__}.jsonl", {})
+        one = replace(evaluation, batch_tokens=tokens)
+        one.run(one.cells([task], [150], [question]), 4, journal, lambda label: iter)
+        hook.remove()
+        found.append(journal.outcomes)
+        forwards.append(sum(width > 100 for width in read))
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) == 4 * len(POLICIES)
+    for key, outcome in found[0].items():
+        alone = found[1][key]
+        assert (outcome.said, outcome.score, outcome.tokens) == (alone.said, alone.score, alone.tokens)
+        assert outcome.cache_bytes == pytest.approx(alone.cache_bytes, rel=0.2)
+        assert outcome.loss == pytest.approx(alone.loss, abs=1e-4)
+        assert outcome.divergence == pytest.approx(alone.divergence, abs=1e-4)
+    texts = 2 if question == "after" else 4
+    assert forwards == [1 if batch_tokens > 1 else texts, 4]
+
+
 def predicted(evaluation: Evaluation, policy: Any, ratio: float, chunks: list[Any], count: int) -> torch.Tensor:
     """[count, V] float64 log-probabilities before each of the last tokens that are fed, one sequence alone."""
     with sdk.apply(evaluation.model, policy=policy, ratio=ratio) as handle, torch.inference_mode():

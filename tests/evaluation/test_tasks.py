@@ -72,6 +72,18 @@ def test_every_answer_stands_in_the_context_once_and_not_in_the_question(name, s
         assert answer not in sample.question
 
 
+@given(text=st.integers(0, 10**6), size=st.integers(150, 600))
+def test_every_key_of_a_text_is_asked_for_in_turn(text, size):
+    task = task_named("niah-every-key", read)
+    found = [task.sample(TOKENIZER, size, 4 * text + asked, 0) for asked in range(4)]
+    assert {task.text_of(4 * text + asked) for asked in range(4)} == {text}
+    assert len({sample.context for sample in found}) == 1
+    for sample in (one.sample for one in found):
+        key = re.search(r"special number of the (.+?)\?", sample.question)[1]
+        assert re.findall(rf"The special number of the {key} is (\d+)\.", sample.context) == list(sample.answers)
+    assert len({sample.sample.answers for sample in found}) == 4
+
+
 @given(index=st.integers(0, 10**6))
 def test_the_variables_of_an_answer_form_the_asked_chain(index):
     sample = task_named("variable-tracking", read).sample(TOKENIZER, 400, index, 0).sample
@@ -171,6 +183,16 @@ def test_own_data_is_asked_as_it_is(tmp_path):
     second = task.sample(TOKENIZER, 0, 1, 0).sample
     assert (second.question, second.answers) == ("\n\nHow is it? It is", ("red", "old"))
     assert task.score(second, "old, not blue") == 0.5
+    assert [task.text_of(line) for line in range(2)] == [0, 1]
+
+
+def test_lines_of_one_context_share_its_text(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    contexts = ["a text", "another", "a text", "another", "a third"]
+    rows = [{"context": context, "question": f"{i}?", "answer": "x"} for i, context in enumerate(contexts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = task_named(f"data:{path}", read)
+    assert [task.text_of(line) for line in range(5)] == [0, 1, 0, 1, 4]
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from thinkkv.patches.errors import ThinkKVError
-from thinkkv.sdk.evaluation.sample import Layout
 from thinkkv.sdk.evaluation.tasks.haystack_reasoning import haystack_reasoning
-from thinkkv.sdk.evaluation.tasks.needles import niah_multikey, niah_multivalue, niah_single, passkey
+from thinkkv.sdk.evaluation.tasks.needles import (
+    KEYS,
+    niah_every_key,
+    niah_multikey,
+    niah_multivalue,
+    niah_single,
+    passkey,
+)
 from thinkkv.sdk.evaluation.tasks.own_data import read_samples
 from thinkkv.sdk.evaluation.tasks.perplexity import Perplexity, builtin_text
 from thinkkv.sdk.evaluation.tasks.reasoning import reasoning
@@ -17,16 +22,18 @@ from thinkkv.sdk.evaluation.tasks.task import GeneratedTask, Task
 from thinkkv.sdk.evaluation.tasks.variable_tracking import variable_tracking
 from thinkkv.sdk.evaluation.tasks.word_count import word_count
 
-GENERATED: Mapping[str, Callable[[random.Random], Layout]] = {
-    "niah-single": niah_single,
-    "niah-multikey": niah_multikey,
-    "niah-multivalue": niah_multivalue,
-    "variable-tracking": variable_tracking,
-    "word-count": word_count,
-    "passkey": passkey,
-    "haystack-reasoning": haystack_reasoning,
-}
-"""A generated task is a function of a random generator; ``fit`` grows the layout that it returns to a size."""
+_GENERATED = (
+    GeneratedTask("niah-single", niah_single),
+    GeneratedTask("niah-multikey", niah_multikey),
+    GeneratedTask("niah-every-key", niah_every_key, questions=KEYS),
+    GeneratedTask("niah-multivalue", niah_multivalue),
+    GeneratedTask("variable-tracking", variable_tracking),
+    GeneratedTask("word-count", word_count),
+    GeneratedTask("passkey", passkey),
+    GeneratedTask("haystack-reasoning", haystack_reasoning),
+)
+GENERATED: Mapping[str, GeneratedTask] = {task.name: task for task in _GENERATED}
+"""A generated task has a function of a random generator; ``fit`` grows the layout that it returns to a size."""
 
 NAMES = (*GENERATED, "perplexity", "perplexity:FILE", "reasoning", "reasoning:GENERATOR", "data:FILE")
 
@@ -51,7 +58,7 @@ def task_named(name: str, read: Callable[[Path], str]) -> Task:
     if not is_known(name):
         raise ThinkKVError(f"no task {name!r} - choose among {', '.join(NAMES)}")
     if name in GENERATED:
-        return GeneratedTask(name, GENERATED[name])
+        return GENERATED[name]
     if kind == "data":
         return read_samples(Path(argument), read(Path(argument)))
     if kind == "reasoning":

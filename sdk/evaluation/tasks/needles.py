@@ -12,6 +12,7 @@ from thinkkv.sdk.evaluation.sample import Layout, scattered
 
 COLOURS = ("copper", "crimson", "golden", "indigo", "ivory", "emerald", "scarlet", "silver", "turquoise", "violet")
 OBJECTS = ("anchor", "compass", "dragon", "falcon", "helmet", "lantern", "mirror", "parrot", "pyramid", "telescope")
+KEYS = 4
 OPENING = "Some special numbers are hidden in the following text. Remember them."
 
 
@@ -22,7 +23,12 @@ def niah_single(rng: random.Random) -> Layout:
 
 def niah_multikey(rng: random.Random) -> Layout:
     """Four keys with a number each, one of them asked for."""
-    return _needles(rng, keys=4, values=1)
+    return _needles(rng, keys=KEYS, values=1)
+
+
+def niah_every_key(rng: random.Random, asked: int) -> Layout:
+    """The same, each of the keys asked for in turn."""
+    return _needles(rng, keys=KEYS, values=1, asked=asked)
 
 
 def niah_multivalue(rng: random.Random) -> Layout:
@@ -47,15 +53,15 @@ def numbers(rng: random.Random, count: int) -> list[str]:
     return [str(number) for number in rng.sample(range(10_000, 100_000), count)]
 
 
-def _needles(rng: random.Random, *, keys: int, values: int) -> Layout:
+def _needles(rng: random.Random, *, keys: int, values: int, asked: int = 0) -> Layout:
     pairs = zip(rng.sample(COLOURS, keys), rng.sample(OBJECTS, keys), strict=True)
     names = [f"{colour} {thing}" for colour, thing in pairs]
     found = numbers(rng, keys * values)
     needles = [f"The special number of the {names[i // values]} is {number}." for i, number in enumerate(found)]
     facts = rng.sample(needles, len(needles))
-    asked, wanted = names[0], found[:values]
+    wanted = found[asked * values : (asked + 1) * values]
     in_order = [number for fact in facts for number in wanted if number in fact]
-    return scattered(rng, facts, _question(asked, values), wanted, opening=OPENING, worked=", ".join(in_order))
+    return scattered(rng, facts, _question(names[asked], values), wanted, opening=OPENING, worked=", ".join(in_order))
 
 
 def _question(key: str, values: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ class OwnData(Task):
     def count(self, asked: int) -> int:
         """At most what the file has."""
         return min(asked, len(self.samples))
+
+    def text_of(self, index: int) -> int:
+        """The first line with the same context."""
+        return self._first[self.samples[index].context]
+
+    @cached_property
+    def _first(self) -> dict[str, int]:
+        return {sample.context: index for index, sample in reversed(list(enumerate(self.samples)))}
 
     def sample(self, tokenizer: Any, size: int, index: int, seed: int) -> Encoded:
         """Line ``index``."""

@@ -46,7 +46,7 @@ class Reasoning(Task):
             context = "\n\n".join(["Solve the problems.", *solved])
             return Sample(context, f"\n\n{_asked(asked)}", (str(asked["answer"]),), asked)
 
-        return fit(layout, tokenizer, size)
+        return fit([layout], tokenizer, size)[0]
 
     def score(self, sample: Sample, said: str) -> float:
         """The verifier's, on the first line."""

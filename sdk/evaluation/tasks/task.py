@@ -32,6 +32,10 @@ class Task(ABC):
         """How many samples there are where the user asked for so many."""
         return asked
 
+    def text_of(self, index: int) -> int:
+        """Number of the text that sample number ``index`` asks about; what is asked later shares its compression."""
+        return index
+
     def score(self, sample: Sample, said: str) -> float:
         """How right an answer is, 0 to 1."""
         return share_found(sample.answers, said)
@@ -43,12 +47,23 @@ class GeneratedTask(Task):
 
     Args:
         name: as on the command line.
-        layout: draws a sample's layout.
+        layout: draws a sample's layout; where a text is asked several questions, for one of them by its number.
+        questions: of a text.
     """
 
     name: str
-    layout: Callable[[random.Random], Layout]
+    layout: Callable[..., Layout]
+    questions: int = 1
+
+    def text_of(self, index: int) -> int:
+        """One question of a text follows the other."""
+        return index // self.questions
 
     def sample(self, tokenizer: Any, size: int, index: int, seed: int) -> Encoded:
         """A new sample, grown to the size."""
-        return fit(self.layout(random.Random(f"{seed}-{self.name}-{index}")), tokenizer, size)
+        layouts = [self._layout(seed, self.text_of(index), asked) for asked in range(self.questions)]
+        return fit(layouts, tokenizer, size)[index % self.questions]
+
+    def _layout(self, seed: int, text: int, asked: int) -> Layout:
+        rng = random.Random(f"{seed}-{self.name}-{text}")
+        return self.layout(rng) if self.questions == 1 else self.layout(rng, asked)
