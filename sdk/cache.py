@@ -58,6 +58,10 @@ class HeterogeneousCache(Cache):
         """Token positions in store: ``[layer][sequence][KV head]``, each ascending; positions skip padding."""
         return [layer.kept_positions() for layer in self.layers]
 
+    def kept_values(self) -> list[list[list[torch.Tensor]]]:
+        """What is stored as their values, [kept, D], in the same order."""
+        return [layer.kept_values() for layer in self.layers]
+
     def crop(self, tokens: int) -> None:
         """Forget the newest tokens, as long as they were appended after the prompt.
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from thinkkv.kernels.entries import states_of
 from thinkkv.patches.errors import UnsupportedGenerationError
 from thinkkv.sdk.bounded import RecentQueries, entries_to_keep, rows_over_limit
 from thinkkv.sdk.compression import Compression
@@ -21,6 +22,8 @@ from thinkkv.sdk.plan import KeepPlan, PromptView
 from thinkkv.sdk.prompt_attention import prompt_attention
 from thinkkv.sdk.store import SPARE_TOKENS, Kept, LayerStore
 from thinkkv.sdk.whole_prompt import WholePrompt
+
+T = TypeVar("T")
 
 
 class NewTokens:
@@ -182,7 +185,8 @@ class HeterogeneousLayer(CacheLayerMixin):
             ends += [length] * self.shape.kv_heads
         following = torch.tensor(ends, dtype=torch.int32, device=device)
         stored = self.compression.policy.stored
-        self.store = LayerStore(prompt.keys.flatten(0, 1), prompt.values.flatten(0, 1), kept, following, stored=stored)
+        values = _stored_values(prompt, plans, kept)
+        self.store = LayerStore(prompt.keys.flatten(0, 1), values.flatten(0, 1), kept, following, stored=stored)
         self.plans = tuple(summaries)
         self.is_initialized = True
 
@@ -211,9 +215,14 @@ class HeterogeneousLayer(CacheLayerMixin):
 
     def kept_positions(self) -> list[list[list[int]]]:
         """Token positions in store: ``[sequence][KV head]``, each ascending."""
-        if self.store is None:
-            return []
-        rows = [row.positions.tolist() for row in self.store.rows()]
+        return self._by_sequence([row.positions.tolist() for row in self.store.rows()] if self.store else [])
+
+    def kept_values(self) -> list[list[torch.Tensor]]:
+        """What is stored as their values: ``[sequence][KV head]``, [kept, D]."""
+        store = self.store
+        return self._by_sequence([states_of(row.values, store.dtype) for row in store.rows()] if store else [])
+
+    def _by_sequence(self, rows: list[T]) -> list[list[T]]:
         return [rows[i : i + self.shape.kv_heads] for i in range(0, len(rows), self.shape.kv_heads)]
 
     @property
@@ -301,6 +310,18 @@ class HeterogeneousLayer(CacheLayerMixin):
         if window is None or self.seen + new <= window:
             return None
         return store.starts(store.arena.lengths, new, window)
+
+
+def _stored_values(prompt: WholePrompt, plans: Sequence[KeepPlan], kept: Sequence[Kept]) -> torch.Tensor:
+    """[B, n, N, D]: the prompts' own values, but where a plan has others."""
+    if not any(plan.values for plan in plans):
+        return prompt.values
+    values = prompt.values.clone()
+    planned = (mine for plan in plans for mine in plan.values or (None,) * len(plan.kept))
+    for row, entries, mine in zip(values.flatten(0, 1), kept, planned, strict=True):
+        if mine is not None:
+            row[entries.entries] = mine.to(row.dtype)
+    return values
 
 
 @contextmanager

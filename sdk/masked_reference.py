@@ -19,10 +19,19 @@ NAME = "thinkkv_masked_reference"
 Kept = Sequence[Sequence[Sequence[Sequence[int]]]]
 """[layer][sequence][KV head] -> prompt positions kept, counted without padding."""
 
+Values = Sequence[Sequence[Sequence[torch.Tensor]]]
+"""[layer][sequence][KV head] -> [kept, D], what is stored as their values."""
+
 
 @torch.inference_mode()
 def masked_logits(
-    model: Any, ids: torch.Tensor, kept: Kept, *, prompt: int, real: torch.Tensor | None = None
+    model: Any,
+    ids: torch.Tensor,
+    kept: Kept,
+    *,
+    prompt: int,
+    real: torch.Tensor | None = None,
+    values: Values | None = None,
 ) -> torch.Tensor:
     """Logits of the last prompt token and of everything after it, as a compressed cache should give them.
 
@@ -32,6 +41,7 @@ def masked_logits(
         kept: what each KV head keeps of the prompt.
         prompt: columns of the prompt.
         real: [B, T] bool, False at padding.
+        values: that tokens after the prompt see in place of its own.
 
     Returns:
         [B, T - prompt + 1, vocabulary].
@@ -50,6 +60,7 @@ def masked_logits(
             thinkkv_kept=kept,
             thinkkv_real=real,
             thinkkv_prompt=prompt,
+            thinkkv_values=values,
         )
     finally:
         model.set_attn_implementation(previous)
@@ -83,18 +94,39 @@ def _attention(
     thinkkv_kept: Kept = (),
     thinkkv_real: torch.Tensor | None = None,
     thinkkv_prompt: int = 0,
+    thinkkv_values: Values | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     assert thinkkv_real is not None
     out = torch.zeros_like(query)
     group = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    later = value.double()
+    if thinkkv_values is not None:
+        later = _with_stored(later, thinkkv_kept[layer], thinkkv_values[layer], thinkkv_real)
     for sequence in range(query.shape[0]):
-        kept = thinkkv_kept[int(module.layer_idx)][sequence]  # type: ignore[arg-type]
+        kept = thinkkv_kept[layer][sequence]
         mask = visible(kept, thinkkv_real[sequence].cpu(), thinkkv_prompt, sliding_window).to(query.device)
         for head in range(query.shape[1]):
             own = head // group
             logits = query[sequence, head].double() @ key[sequence, own].double().T * scale
             weights = torch.softmax(logits.masked_fill(~mask[own], float("-inf")), dim=-1).nan_to_num(0.0)
-            out[sequence, head] = (weights @ value[sequence, own].double()).to(query.dtype)
+            first = weights[:thinkkv_prompt] @ value[sequence, own].double()
+            rest = weights[thinkkv_prompt:] @ later[sequence, own]
+            out[sequence, head] = torch.cat([first, rest]).to(query.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _with_stored(
+    values: torch.Tensor,
+    kept: Sequence[Sequence[Sequence[int]]],
+    stored: Sequence[Sequence[torch.Tensor]],
+    real: torch.Tensor,
+) -> torch.Tensor:
+    """[B, n, T, D] of one layer, the stored values in the places of the kept tokens."""
+    values = values.clone()
+    for sequence, columns in enumerate(row.nonzero()[:, 0] for row in real):
+        for head, positions in enumerate(kept[sequence]):
+            values[sequence, head, columns[list(positions)]] = stored[sequence][head].to(values.dtype)
+    return values

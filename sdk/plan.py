@@ -21,6 +21,7 @@ class PromptView:
         scale: softmax scale.
         rehearsed: [n, N] float32, for a policy that rehearses: the most attention that a token got in the rehearsal.
         rehearsed_sum: [n, N] float32, likewise: all that it got, summed over the query heads.
+        reread: [n, R, D], for a policy that asks for them: queries of the rehearsal, of all query heads of a group.
     """
 
     layer: int
@@ -31,6 +32,7 @@ class PromptView:
     scale: float
     rehearsed: torch.Tensor | None = None
     rehearsed_sum: torch.Tensor | None = None
+    reread: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -62,11 +64,14 @@ class KeepPlan:
         kept: per KV head its positions in the view, ascending, int64.
         heterogeneous: KV heads that the policy classed as heterogeneous.
         head_scores: [n] float32, what the classes were decided by, where there is such a score.
+        values: per KV head [kept, D] what it stores as the values of these positions, None for their own; empty where
+            all heads store their own.
     """
 
     kept: tuple[torch.Tensor, ...]
     heterogeneous: tuple[int, ...] = ()
     head_scores: torch.Tensor | None = None
+    values: tuple[torch.Tensor | None, ...] = ()
 
     @classmethod
     def nothing(cls, prompt: PromptView) -> KeepPlan:

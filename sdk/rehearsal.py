@@ -9,9 +9,10 @@ small as a chunk and no position is much beyond the prompt's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,12 +33,25 @@ QUERIES = 128
 """Queries whose attention to everything is in memory at once."""
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A part of the prompts that is being read again.
+
+    Args:
+        counted_from: the first of its tokens whose attention counts.
+        held_queries: of the queries of a whole second reading, so many are held of each KV head.
+    """
+
+    counted_from: int
+    held_queries: int
+
+
 class HoldingLayer(HeterogeneousLayer):
     """Holds its prompts whole until it is filled by a plan; meanwhile they may be rehearsed."""
 
     held: WholePrompt | None = None
-    counted_from: int | None = None
-    """In a rehearsal: the first of the tokens that come whose attention counts."""
+    chunk: Chunk | None = None
+    """In a rehearsal: what comes."""
 
     def reset(self) -> None:
         """Forget everything and free the storage."""
@@ -57,16 +71,34 @@ class HoldingLayer(HeterogeneousLayer):
         """Attend a rehearsal to the held prompts and to itself, and note their attention; store nothing of it."""
         if self.held is None:
             return super().attend(query, keys, values, **options)
-        if self.counted_from is None:
+        if self.chunk is None:
             raise UnsupportedGenerationError(
                 "the prompt in this cache was not compressed - start a new cache, with the patch in force that made it"
             )
-        held, window = self.held, self.shape.window
-        out, most, total = attend_again(held, query, keys, values, options["real"], window, self.counted_from)
+        held, window, real = self.held, self.shape.window, options["real"]
+        out, most, total = attend_again(held, query, keys, values, real, window, self.chunk.counted_from)
         if held.rehearsed is not None and held.rehearsed_sum is not None:
             most, total = torch.maximum(held.rehearsed, most), held.rehearsed_sum + total
-        self.held = replace(held, rehearsed=most, rehearsed_sum=total)
+        reread = self._reread(WholePrompt(query, keys, values, held.scale, real), self.chunk)
+        if held.reread:
+            reread = tuple(torch.cat(pair, dim=1) for pair in zip(held.reread, reread, strict=True))
+        self.held = replace(held, rehearsed=most, rehearsed_sum=total, reread=reread)
         return out
+
+    def _reread(self, chunk: WholePrompt, wanted: Chunk) -> tuple[torch.Tensor, ...]:
+        """Per sequence [n, R, D]: as many queries of each KV head, drawn by chance, as this chunk has to give."""
+        assert self.held is not None
+        if wanted.held_queries == 0:
+            return ()
+        found = []
+        for sequence, (columns, tokens) in enumerate(zip(chunk.columns, self.held.lengths, strict=True)):
+            counted = chunk.query[sequence][:, columns][:, wanted.counted_from :]
+            queries = counted.unflatten(0, (self.shape.kv_heads, -1)).flatten(1, 2)
+            share = min(1.0, wanted.held_queries / max(1, tokens * self.shape.query_group))
+            # Seeded, so that a sequence has the same ones in whatever batch it stands.
+            drawn = torch.randperm(queries.shape[1], generator=torch.Generator().manual_seed(self.index))
+            found.append(queries[:, drawn[: math.ceil(share * len(drawn))].to(queries.device)])
+        return tuple(found)
 
 
 class ComparedLayer(HoldingLayer):
@@ -84,13 +116,14 @@ class ComparedLayer(HoldingLayer):
 
 
 @torch.no_grad()
-def rehearse(decoder: Any, inputs: Mapping[str, Any], cache: Any) -> None:
+def rehearse(decoder: Any, inputs: Mapping[str, Any], cache: Any, *, held_queries: int = 0) -> None:
     """Read prompts again whose cache is held by HoldingLayers, which note it.
 
     Args:
         decoder: the transformers decoder; only its forward is called, no hook of it.
         inputs: what it was given: ``input_ids`` or ``inputs_embeds`` [B, N, ...], ``attention_mask`` [B, N] or None.
         cache: a HeterogeneousCache that holds the prompts.
+        held_queries: of each KV head, to be held besides.
     """
     name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
     tokens, mask = inputs[name], inputs.get("attention_mask")
@@ -101,7 +134,7 @@ def rehearse(decoder: Any, inputs: Mapping[str, Any], cache: Any) -> None:
     tokens, real = tokens[torch.arange(len(order), device=order.device)[:, None], order], real.gather(1, order)
     for start in range(0, int(lengths.max()), CHUNK):
         part = slice(max(0, start - LEAD_IN), start + CHUNK)
-        with _rehearsing(cache.layers, counted_from=start - part.start):
+        with _rehearsing(cache.layers, Chunk(start - part.start, held_queries)):
             decoder.forward(
                 **{name: tokens[:, part]},
                 attention_mask=None if mask is None else torch.cat([mask, real[:, part].to(mask)], dim=1),
@@ -112,14 +145,14 @@ def rehearse(decoder: Any, inputs: Mapping[str, Any], cache: Any) -> None:
 
 
 @contextmanager
-def _rehearsing(layers: Sequence[HoldingLayer], counted_from: int) -> Iterator[None]:
+def _rehearsing(layers: Sequence[HoldingLayer], chunk: Chunk) -> Iterator[None]:
     for layer in layers:
-        layer.counted_from = counted_from
+        layer.chunk = chunk
     try:
         yield
     finally:
         for layer in layers:
-            layer.counted_from = None
+            layer.chunk = None
 
 
 def attend_again(

@@ -22,6 +22,7 @@ class WholePrompt:
         real: [B, N] bool, False at padding; None where there is none.
         rehearsed: [B, n, N] float32, the most attention that each token got in a rehearsal.
         rehearsed_sum: [B, n, N] float32, all of it together.
+        reread: per sequence [n, R, D], queries of the rehearsal that a policy asks for.
     """
 
     query: torch.Tensor
@@ -31,6 +32,7 @@ class WholePrompt:
     real: torch.Tensor | None = None
     rehearsed: torch.Tensor | None = None
     rehearsed_sum: torch.Tensor | None = None
+    reread: tuple[torch.Tensor, ...] = ()
 
     @cached_property
     def columns(self) -> list[slice | torch.Tensor]:
@@ -63,5 +65,6 @@ class WholePrompt:
             return tensor[sequence, :, self.columns[sequence]][:, first:]
 
         query = own(self.query) if self.query.shape[2] == self.keys.shape[2] else self.query[sequence]
-        noted = (None if scores is None else own(scores) for scores in (self.rehearsed, self.rehearsed_sum))
-        return PromptView(layer, layers, query, own(self.keys), own(self.values), self.scale, *noted)
+        most, total = (None if noted is None else own(noted) for noted in (self.rehearsed, self.rehearsed_sum))
+        reread = self.reread[sequence] if self.reread else None
+        return PromptView(layer, layers, query, own(self.keys), own(self.values), self.scale, most, total, reread)

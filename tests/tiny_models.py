@@ -15,7 +15,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 SEED = int(os.environ.get("THINKKV_TEST_SEED", "1"))
 QUERY_HEADS = 8
@@ -185,3 +195,23 @@ def stock_attention(model: Any, ids: list[int]) -> list[tuple[torch.Tensor, torc
         (attention[0].double(), value.double().unflatten(-1, (heads, -1)).transpose(0, 1))
         for attention, value in zip(out.attentions, values, strict=True)
     ]
+
+
+def stock_queries(model: Any, ids: list[int]) -> list[torch.Tensor]:
+    """Per layer the rotated queries [Hq, N, D] that the stock model attends with."""
+    queries: list[torch.Tensor] = []
+
+    def note(module: nn.Module, query: torch.Tensor, *args: Any, **options: Any) -> Any:
+        queries.append(query[0])
+        return sdpa_attention_forward(module, query, *args, **options)
+
+    AttentionInterface.register("noting", note)
+    AttentionMaskInterface.register("noting", sdpa_mask)
+    previous = model.config._attn_implementation
+    model.set_attn_implementation("noting")
+    try:
+        with torch.no_grad():
+            model(torch.tensor([ids]), use_cache=False)
+    finally:
+        model.set_attn_implementation(previous)
+    return queries

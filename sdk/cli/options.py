@@ -19,6 +19,7 @@ POLICY_NAMES = (
     "evidence-kv",
     "rehearsed-kv",
     "reread-kv",
+    "matched-kv",
     "streaming-llm",
     "snapkv",
     "pyramidkv",
@@ -33,6 +34,7 @@ PROFILE_SCORES = {
     "evidence-kv": "retrieval",
     "rehearsed-kv": "retrieval",
     "reread-kv": "retrieval",
+    "matched-kv": "retrieval",
 }
 """The policies that take a profile, and which score it holds; repeated for the same reason."""
 

@@ -7,6 +7,7 @@ from thinkkv.sdk.policies.adakv import AdaKV
 from thinkkv.sdk.policies.evidence_kv import EvidenceKV
 from thinkkv.sdk.policies.full import Full
 from thinkkv.sdk.policies.kvzip import KVzip
+from thinkkv.sdk.policies.matched_kv import MatchedKV
 from thinkkv.sdk.policies.policy import CacheDtype, Policy
 from thinkkv.sdk.policies.pyramidkv import PyramidKV
 from thinkkv.sdk.policies.rehearsed_kv import RehearsedKV
@@ -23,6 +24,7 @@ _ALL: tuple[type[Policy], ...] = (
     EvidenceKV,
     RehearsedKV,
     RereadKV,
+    MatchedKV,
     StreamingLLM,
     SnapKV,
     PyramidKV,
@@ -38,6 +40,7 @@ __all__ = [
     "EvidenceKV",
     "Full",
     "KVzip",
+    "MatchedKV",
     "Policy",
     "PyramidKV",
     "RehearsedKV",

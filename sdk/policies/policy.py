@@ -72,6 +72,11 @@ class Policy(ABC):
         return 0
 
     @property
+    def reread_queries(self) -> int:
+        """Queries of the second reading that the plan asks for, at most so many of each KV head."""
+        return 0
+
+    @property
     def kept_ends(self) -> tuple[int, int]:
         """(sinks, recent): what a bounded row always keeps while decoding; the rest goes to the best middle tokens."""
         return 0, self.smallest

@@ -60,6 +60,14 @@ class Rehearsing(Policy):
         """
         return self._noted(prompt.rehearsed_sum)
 
+    def reread(self, prompt: PromptView) -> torch.Tensor:
+        """[n, R, D]: queries of the second reading.
+
+        Raises:
+            UnsupportedGenerationError: there was none.
+        """
+        return self._noted(prompt.reread)
+
     def with_ends(self, prompt: PromptView, scores: torch.Tensor) -> torch.Tensor:
         """[n, N] scores that are infinite where a token is kept for certain."""
         scores = scores.clone()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import Any
 
 import torch
 
-from tests.conformance.dense_reference import DenseReference
-from tests.tiny_models import KV_HEADS, PADDED, VARIANTS, Case, tiny_model, windows
+from tests.conformance.dense_reference import DenseReference, Kept, Values
+from tests.conformance.stored_reference import StoredReference
+from tests.tiny_models import KV_HEADS, PADDED, VARIANTS, Batch, Case, tiny_model, windows
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -38,3 +41,37 @@ def with_policies(policies: Sequence[str], *, every: int) -> list[tuple[Case, st
 def reference_of(variant: str, kv_heads: int, dtype: torch.dtype) -> DenseReference:
     """The dense reference of a tiny model, one instance per session."""
     return DenseReference(tiny_model(variant, kv_heads, dtype), windows(variant))
+
+
+@cache
+def stored_reference_of(
+    variant: str, kv_heads: int, dtype: torch.dtype = torch.float32, cache_dtype: str = "model"
+) -> StoredReference:
+    """The same for a cache that does not store what the model computed."""
+    return StoredReference(tiny_model(variant, kv_heads, dtype), windows(variant), cache_dtype)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a cache held right after its prompt.
+
+    Args:
+        kept: positions.
+        values: stored as theirs; None where these are the prompt's own, which no test takes from the cache.
+    """
+
+    kept: Kept
+    values: Values | None
+
+    @classmethod
+    def of(cls, cache: Any) -> Compressed:
+        """As it is now."""
+        own = cache.compression.policy.reread_queries == 0
+        return cls(cache.kept_positions(), None if own else cache.kept_values())
+
+    def logits(self, case: Case, whole: Batch, *, prompt: int) -> torch.Tensor:
+        """Of dense attention to this and to all that follows, from the last of ``prompt`` columns on."""
+        if self.values is None:
+            return reference_of(case.variant, case.kv_heads, case.dtype).logits(whole, self.kept, prompt=prompt)
+        reference = stored_reference_of(case.variant, case.kv_heads, case.dtype)
+        return reference.logits(whole, self.kept, prompt=prompt, values=self.values)

@@ -20,6 +20,9 @@ from tests.tiny_models import Batch
 Kept = Sequence[Sequence[Sequence[Sequence[int]]]]
 """[layer][sequence][KV head] -> kept prompt positions, padding not counted."""
 
+Values = Sequence[Sequence[Sequence[torch.Tensor]]]
+"""[layer][sequence][KV head] -> [kept, D], what is stored as their values."""
+
 
 class DenseReference:
     """A float32 twin of a model.

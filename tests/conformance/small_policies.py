@@ -8,6 +8,7 @@ from thinkkv.sdk.policies import (
     EvidenceKV,
     Full,
     KVzip,
+    MatchedKV,
     Policy,
     PyramidKV,
     RehearsedKV,
@@ -25,6 +26,7 @@ SMALLEST = {
     "evidence-kv": 6,
     "rehearsed-kv": 5,
     "reread-kv": 5,
+    "matched-kv": 5,
     "streaming-llm": 3,
     "snapkv": 5,
     "pyramidkv": 5,
@@ -39,6 +41,7 @@ ALWAYS_KEPT = SMALLEST | {
     "evidence-kv": 34,
     "rehearsed-kv": 26,
     "reread-kv": 26,
+    "matched-kv": 26,
     "kvzip": 26,
 }
 """Prompts up to this length stay whole."""
@@ -57,6 +60,7 @@ def small_policy(name: str, kv_heads: int) -> Policy:
         "evidence-kv": EvidenceKV(head_scores=made_up, sinks=2, recent=6, observation_window=4, pooling=3),
         "rehearsed-kv": RehearsedKV(head_scores=made_up, power=4, pooling=3, sinks=2, recent=3, whole=26),
         "reread-kv": RereadKV(head_scores=made_up, share=0.2, sinks=2, recent=3, whole=26),
+        "matched-kv": MatchedKV(head_scores=made_up, share=0.2, sinks=2, recent=3, whole=26),
         "streaming-llm": StreamingLLM(sinks=2),
         "snapkv": SnapKV(observation_window=4, pooling=3),
         "pyramidkv": PyramidKV(observation_window=4, pooling=3, beta=4),

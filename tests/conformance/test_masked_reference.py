@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conformance.cases import reference_of, with_policies
+from tests.conformance.cases import Compressed, reference_of, with_policies
 from tests.conformance.closeness import RMS, assert_close, relative_rms
 from tests.conformance.decoding import Conversation, joined, random_chunk, random_tokens
+from tests.conformance.dense_reference import Kept
 from tests.conformance.small_policies import COMPRESSING, NAMES, small_policy
 from tests.tiny_models import PADDED, VARIANTS, WINDOW, Case
 from thinkkv import sdk
@@ -25,15 +26,14 @@ def test_logits_equal_masked_dense_attention(case: Case, policy: str) -> None:
     with sdk.apply(case.model(), policy=small_policy(policy, case.kv_heads), ratio=ratio) as handle:
         conversation = Conversation(case.model(), handle.new_cache())
         last = conversation.feed(prompt)[:, -1:]
-        kept = conversation.cache.kept_positions()
+        compressed = Compressed.of(conversation.cache)
         found = torch.cat([last, conversation.feed_all(following)], dim=1)
-    assert_within_windows(case, kept)
-    reference = reference_of(case.variant, case.kv_heads, case.dtype)
-    expected = reference.logits(joined([prompt, *following]), kept, prompt=prompt.ids.shape[1])
+    assert_within_windows(case, compressed.kept)
+    expected = compressed.logits(case, joined([prompt, *following]), prompt=prompt.ids.shape[1])
     assert_close(found, expected, rms=RMS[case.dtype])
 
 
-def assert_within_windows(case: Case, kept: list[list[list[list[int]]]]) -> None:
+def assert_within_windows(case: Case, kept: Kept) -> None:
     """The next query, at position N, still sees everything that was kept; and each head kept something once."""
     for window, layer in zip(case.windows, kept, strict=True):
         for length, heads in zip(case.lengths, layer, strict=True):
@@ -93,10 +93,9 @@ def test_long_decoding_grows_and_slides(variant: str, policy: str) -> None:
     with sdk.apply(case.model(), policy=small_policy(policy, 2), ratio=0.5) as handle:
         conversation = Conversation(case.model(), handle.new_cache())
         last = conversation.feed(prompt)[:, -1:]
-        kept = conversation.cache.kept_positions()
+        compressed = Compressed.of(conversation.cache)
         found = torch.cat([last, conversation.feed_all(following)], dim=1)
-    reference = reference_of(case.variant, 2, case.dtype)
-    expected = reference.logits(joined([prompt, *following]), kept, prompt=50)
+    expected = compressed.logits(case, joined([prompt, *following]), prompt=50)
     assert_close(found, expected, rms=RMS[case.dtype])
     assert_close(found[:, -35:], expected[:, -35:], rms=RMS[case.dtype])
 

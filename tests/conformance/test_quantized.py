@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -12,12 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conformance.cases import reference_of
+from tests.conformance.cases import Compressed, stored_reference_of
 from tests.conformance.closeness import assert_close, relative_rms
 from tests.conformance.decoding import Conversation, joined, random_chunk, random_tokens
-from tests.conformance.quantized_reference import QuantizedReference
 from tests.conformance.small_policies import ALWAYS_KEPT, NAMES, small_policy
-from tests.tiny_models import HEAD_DIM, KV_HEADS, VARIANTS, Case, windows
+from tests.tiny_models import HEAD_DIM, KV_HEADS, VARIANTS, Case
 from thinkkv import sdk
 from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.policies import Policy
@@ -36,11 +34,6 @@ def quantized(name: str, kv_heads: int, cache_dtype: str) -> Policy:
     return replace(policy, cache_dtype=cache_dtype)
 
 
-@cache
-def quantized_reference(variant: str, kv_heads: int, cache_dtype: str) -> QuantizedReference:
-    return QuantizedReference(Case(variant, kv_heads).model(), windows(variant), cache_dtype)
-
-
 def check(case: Case, policy: str, ratio: float, cache_dtype: str) -> None:
     """Prompt, tokens, a chunk and tokens again, against dense attention to rounded states."""
     prompt, batch = case.batch(), len(case.lengths)
@@ -48,13 +41,14 @@ def check(case: Case, policy: str, ratio: float, cache_dtype: str) -> None:
     with sdk.apply(case.model(), policy=quantized(policy, case.kv_heads, cache_dtype), ratio=ratio) as handle:
         conversation = Conversation(case.model(), handle.new_cache())
         last = conversation.feed(prompt)[:, -1:]
-        kept = conversation.cache.kept_positions()
+        compressed = Compressed.of(conversation.cache)
         found = torch.cat([last, conversation.feed_all(following)], dim=1)
     whole, columns = joined([prompt, *following]), prompt.ids.shape[1]
     real = whole.mask[:, columns - 1 :].bool()
-    expected = quantized_reference(case.variant, case.kv_heads, cache_dtype).logits(whole, kept, prompt=columns)
+    reference = stored_reference_of(case.variant, case.kv_heads, cache_dtype=cache_dtype)
+    expected = reference.logits(whole, compressed.kept, prompt=columns, values=compressed.values)
     assert_close(found[real], expected[real], rms=ROUNDING[cache_dtype])
-    exact = reference_of(case.variant, case.kv_heads, case.dtype).logits(whole, kept, prompt=columns)
+    exact = replace(compressed, values=None).logits(case, whole, prompt=columns)
     assert relative_rms(found[real], exact[real]) > 2 * relative_rms(found[real], expected[real])
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conformance.cases import reference_of
+from tests.conformance.cases import Compressed
 from tests.conformance.closeness import RMS, assert_close
 from tests.conformance.decoding import Conversation, joined, random_chunk, random_tokens
 from tests.conformance.small_policies import NAMES, small_policy
@@ -63,11 +63,11 @@ def check_against_reference(case: Case, policy: str, ratio: float, following: Se
     with sdk.apply(case.model(), policy=small_policy(policy, case.kv_heads), ratio=ratio) as handle:
         conversation = Conversation(case.model(), handle.new_cache())
         last = conversation.feed(prompt)[:, -1:]
-        kept = conversation.cache.kept_positions()
+        compressed = Compressed.of(conversation.cache)
         found = torch.cat([last, conversation.feed_all(following)], dim=1)
         assert handle.report().tokens_seen == joined([prompt, *following]).ids.shape[1]
     whole, columns = joined([prompt, *following]), prompt.ids.shape[1]
-    expected = reference_of(case.variant, case.kv_heads, case.dtype).logits(whole, kept, prompt=columns)
+    expected = compressed.logits(case, whole, prompt=columns)
     real = whole.mask[:, columns - 1 :].bool()
     assert_close(found[real], expected[real], rms=RMS[case.dtype])
 

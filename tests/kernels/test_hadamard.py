@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conformance.quantized_reference import to_16_steps
+from tests.conformance.stored_reference import to_16_steps
 from tests.kernels.sylvester import sylvester
 from thinkkv.kernels.entries import entries_of, states_of
 from thinkkv.kernels.hadamard import block_of, turned

@@ -65,6 +65,9 @@ def policies(draw: st.DrawFn, name: str, model: Model) -> Policy:
         | ends
         | {"head_scores": scores, "share": draw(st.floats(0, 1)), "floor": draw(st.floats(0, 1))},
         "reread-kv": ends | whole | {"head_scores": scores, "share": draw(st.floats(0, 1))},
+        "matched-kv": ends
+        | whole
+        | {"head_scores": scores, "share": draw(st.floats(0, 1)), "ridge": draw(st.floats(1e-3, 10))},
         "rehearsed-kv": ends
         | whole
         | {
@@ -163,7 +166,9 @@ def test_a_prompt_of_its_ends_alone_is_kept_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [49, 128, 272, 273])
-@pytest.mark.parametrize("name", ["task-kv", "retrieval-kv", "evidence-kv", "rehearsed-kv", "reread-kv", "kvzip"])
+@pytest.mark.parametrize(
+    "name", ["task-kv", "retrieval-kv", "evidence-kv", "rehearsed-kv", "reread-kv", "matched-kv", "kvzip"]
+)
 def test_a_quarter_of_a_short_prompt_is_never_too_little(name: str, tokens: int) -> None:
     probe = Model(kv_heads=2, group=2, windows=(None,) * 2, tokens=tokens, seed=0)
     policy = defaults(name, probe)

@@ -186,14 +186,14 @@ class TestPolicy:
     def test_a_policys_options_are_kept(self, profile: sdk.HeadProfile) -> None:
         assert profile.fix(TaskKV(sinks=5)) == TaskKV(sinks=5, head_scores=profile.scores)
 
-    @pytest.mark.parametrize("policy", ["retrieval-kv", "evidence-kv", "rehearsed-kv", "reread-kv"])
+    @pytest.mark.parametrize("policy", ["retrieval-kv", "evidence-kv", "rehearsed-kv", "reread-kv", "matched-kv"])
     def test_one_retrieval_profile_serves_every_policy_that_ranks_heads(
         self, model: Any, profile: sdk.HeadProfile, policy: str
     ) -> None:
         ranking = replace(profile, score="retrieval")
         with sdk.apply(model, profile=ranking, policy=policy, ratio=0.5) as handle:
             assert handle.policy == POLICIES[policy](head_scores=profile.scores)  # type: ignore[call-arg]
-        served = "for retrieval-kv, evidence-kv, rehearsed-kv, reread-kv, not for snapkv"
+        served = "for retrieval-kv, evidence-kv, rehearsed-kv, reread-kv, matched-kv, not for snapkv"
         with pytest.raises(sdk.ProfileMismatchError, match=served):
             ranking.fix(SnapKV())
 

@@ -15,7 +15,7 @@ from thinkkv.sdk.policies import Policy, policy_named
 SCORES = ((1.0, 0.25), (0.5, 0.75))
 PROBE = Model(kv_heads=2, group=1, windows=(None, None), tokens=100, seed=0)
 
-pytestmark = pytest.mark.parametrize("name", ["rehearsed-kv", "reread-kv"])
+pytestmark = pytest.mark.parametrize("name", ["rehearsed-kv", "reread-kv", "matched-kv"])
 
 
 def small(name: str) -> Policy:

@@ -1,6 +1,6 @@
-"""The dense reference of a cache of small integers: what follows a prompt sees rounded keys and values.
+"""The dense reference of a cache that does not store what the model computed: what follows a prompt sees other states.
 
-The rounding is written down once more here, in numpy.
+They are rounded, which is written down once more here, in numpy; or the prompt's values are those that a policy chose.
 """
 
 from __future__ import annotations
@@ -12,28 +12,50 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from tests.conformance.dense_reference import DenseReference, Kept
+from tests.conformance.dense_reference import DenseReference, Kept, Values
 from tests.kernels.sylvester import sylvester
 from tests.tiny_models import Batch
 
-NAME = "quantized-reference"
+NAME = "stored-reference"
 
 
-class QuantizedReference(DenseReference):
-    """As DenseReference, but tokens after the prompt attend to rounded keys and values."""
+class StoredReference(DenseReference):
+    """As DenseReference, but tokens after the prompt attend to what is stored.
 
-    def __init__(self, model: Any, windows: Sequence[int | None], cache_dtype: str) -> None:
+    Args:
+        model: an unpatched model; it is copied.
+        windows: sliding window of each layer, None for full attention.
+        cache_dtype: as of a policy.
+    """
+
+    def __init__(self, model: Any, windows: Sequence[int | None], cache_dtype: str = "model") -> None:
         super().__init__(model, windows)
         for layer in self._model.model.layers:
             layer.self_attn.rounded = ROUNDED[cache_dtype]
         AttentionInterface.register(NAME, _attention)
         self._model.set_attn_implementation(NAME)
 
-    def logits(self, batch: Batch, kept: Kept | None, *, prompt: int) -> torch.Tensor:
-        """As of a cache that is not rounded."""
-        for layer in self._model.model.layers:
+    def logits(self, batch: Batch, kept: Kept | None, *, prompt: int, values: Values | None = None) -> torch.Tensor:
+        """As of a cache of the model's own states.
+
+        Args:
+            batch, kept, prompt: the same.
+            values: stored in place of the prompt's own, rounded already.
+        """
+        for index, layer in enumerate(self._model.model.layers):
             layer.self_attn.prompt_columns = prompt
+            layer.self_attn.replaced = _replaced(batch, kept[index], values[index]) if kept and values else []
         return super().logits(batch, kept, prompt=prompt)
+
+
+def _replaced(batch: Batch, kept: Sequence[Sequence[Sequence[int]]], values: Sequence[Sequence[torch.Tensor]]) -> Any:
+    """Of one layer: sequence, head and columns, and what is stored there."""
+    found = []
+    for sequence, mask in enumerate(batch.mask.bool()):
+        columns = mask.nonzero()[:, 0]
+        for head, positions in enumerate(kept[sequence]):
+            found.append((sequence, head, columns[list(positions)], values[sequence][head].float()))
+    return found
 
 
 def to_255_steps(states: torch.Tensor) -> torch.Tensor:
@@ -62,6 +84,7 @@ def to_16_steps_turned(states: torch.Tensor) -> torch.Tensor:
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 ROUNDED: dict[str, tuple[Rounding, Rounding]] = {
+    "model": (torch.clone, torch.clone),
     "int8": (to_255_steps, to_255_steps),
     "k8v4": (to_255_steps, to_16_steps_turned),
 }
@@ -71,13 +94,16 @@ ROUNDED: dict[str, tuple[Rounding, Rounding]] = {
 def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """[B, T, Hq, D]: columns of the prompt over exact states, the others over rounded ones."""
+    """[B, T, Hq, D]: columns of the prompt over exact states, the others over stored ones."""
     outputs = []
     of_keys, of_values = module.rounded
-    for states in ((key, value), (of_keys(key), of_values(value))):
+    stored_values = of_values(value)
+    for sequence, head, columns, values in module.replaced:
+        stored_values[sequence, head, columns] = values
+    for states in ((key, value), (of_keys(key), stored_values)):
         keys, values = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in states)
         weights = torch.softmax(query @ keys.transpose(2, 3) * options["scaling"] + mask, dim=-1)
         outputs.append((weights @ values).transpose(1, 2))
-    exact, small = outputs
-    columns = module.prompt_columns
-    return torch.cat([exact[:, :columns], small[:, columns:]], dim=1), None
+    exact, stored = outputs
+    prompt = module.prompt_columns
+    return torch.cat([exact[:, :prompt], stored[:, prompt:]], dim=1), None
