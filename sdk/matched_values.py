@@ -16,14 +16,24 @@ ROWS = 1024
 
 
 def matched_values(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, *, scale: float, ridge: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kept: torch.Tensor,
+    *,
+    recent: int,
+    scale: float,
+    ridge: float,
 ) -> torch.Tensor:
-    """The values that minimise |A V - O|^2 + ridge |V - V0|^2.
+    """The values that minimise |A V - O|^2 + ridge |V - V0|^2, but for those of the most recent tokens.
+
+    These keep their own: a second reading hardly looks at what stands right before it, what follows the prompt does.
 
     Args:
         queries: [R, D], of which O [R, D] is the attention to all tokens, and A [R, S] the weights of the kept alone.
         keys, values: [N, D] of one KV head.
-        kept: [S] int64, positions; V0 are their own values.
+        kept: [S] int64, positions, ascending; V0 are their own values.
+        recent: so many of the last of them keep these.
         scale: softmax scale.
         ridge: above 0; that many full looks of a query at a token weigh as much as the token's own value.
 
@@ -34,13 +44,15 @@ def matched_values(
     others[kept] = False
     order = torch.cat([kept, others.nonzero()[:, 0]])
     keys, values = keys[order].float(), values[order].float()
-    count = len(kept)
-    gram = ridge * torch.eye(count, device=keys.device)
-    missed = torch.zeros(count, values.shape[1], device=keys.device)
+    count, free = len(kept), max(0, len(kept) - recent)
+    gram = ridge * torch.eye(free, device=keys.device)
+    missed = torch.zeros(free, values.shape[1], device=keys.device)
     for part in queries.float().split(ROWS):
         scores = (part @ keys.T).mul_(scale)
         outputs = scores.softmax(dim=-1) @ values
         weights = scores[:, :count].softmax(dim=-1)
-        gram.addmm_(weights.T, weights)
-        missed.addmm_(weights.T, outputs - weights @ values[:count])
-    return values[:count] + torch.cholesky_solve(missed, torch.linalg.cholesky(gram))
+        changed = weights[:, :free]
+        gram.addmm_(changed.T, changed)
+        missed.addmm_(changed.T, outputs - weights @ values[:count])
+    change = torch.cholesky_solve(missed, torch.linalg.cholesky(gram))
+    return torch.cat([values[:free] + change, values[free:count]])

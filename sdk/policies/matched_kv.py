@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 
+from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.budget import LayerBudget
 from thinkkv.sdk.matched_values import matched_values
 from thinkkv.sdk.plan import KeepPlan, PromptView
@@ -24,18 +25,28 @@ SAMPLED = 256
 
 @dataclass(frozen=True)
 class MatchedKV(RereadKV):
-    """Reread-KV with ranks relative to a layer's outputs, whose heads store matched values, but for full heads.
+    """Reread-KV with ranks relative to a layer's outputs and matched values, but for full heads and recent tokens.
 
     Args:
         ridge: that many full looks at a token weigh as much as its own value.
         queries: of the second reading, at most about so many of each KV head are matched, drawn by chance.
         head_scores, share, sinks, recent, whole: as in Reread-KV.
+
+    Raises:
+        BudgetError: ridge or queries are not above 0.
     """
 
     name: ClassVar[str] = "matched-kv"
 
     ridge: float = 0.1
     queries: int = 2048
+
+    def __post_init__(self) -> None:
+        if not (self.ridge > 0 and self.queries > 0):
+            raise BudgetError(
+                f"{self.name} has nothing to match with ridge={self.ridge:g} and queries={self.queries} - "
+                "choose numbers above 0"
+            )
 
     @property
     def reread_queries(self) -> int:
@@ -54,7 +65,7 @@ class MatchedKV(RereadKV):
         values = tuple(
             None
             if len(kept) == prompt.tokens
-            else matched_values(queries, keys, own, kept, scale=prompt.scale, ridge=self.ridge)
+            else matched_values(queries, keys, own, kept, recent=self.recent, scale=prompt.scale, ridge=self.ridge)
             for queries, keys, own, kept in heads
         )
         return replace(plan, values=values)

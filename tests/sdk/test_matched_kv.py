@@ -18,6 +18,7 @@ from thinkkv.sdk import matched_values as module
 from thinkkv.sdk import rehearsal
 from thinkkv.sdk.budget import LayerBudget
 from thinkkv.sdk.evaluation.prefill import prefill
+from thinkkv.sdk.evaluation.setting import parse_policy
 from thinkkv.sdk.matched_values import matched_values
 from thinkkv.sdk.policies import MatchedKV, RereadKV
 
@@ -26,15 +27,23 @@ SMALL = MatchedKV(head_scores=RANKS, share=0.2, sinks=2, recent=3, whole=26)
 
 
 def least_squares(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kept: list[int], scale: float, ridge: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kept: list[int],
+    recent: int,
+    scale: float,
+    ridge: float,
 ) -> np.ndarray:
     """[S, D] float64: the same by numpy, of the queries' equations and the tokens' own values below one another."""
     q, k, v = (one.double().numpy() for one in (queries, keys, values))
     weights = np.exp(q @ k.T * scale)
     wanted = weights @ v / weights.sum(axis=1, keepdims=True)
     mine = weights[:, kept] / weights[:, kept].sum(axis=1, keepdims=True)
-    left = np.concatenate([mine, ridge**0.5 * np.eye(len(kept))])
-    return np.linalg.lstsq(left, np.concatenate([wanted, ridge**0.5 * v[kept]]), rcond=None)[0]
+    free = max(0, len(kept) - recent)
+    left = np.concatenate([mine[:, :free], ridge**0.5 * np.eye(free)])
+    right = np.concatenate([wanted - mine[:, free:] @ v[kept[free:]], ridge**0.5 * v[kept[:free]]])
+    return np.concatenate([np.linalg.lstsq(left, right, rcond=None)[0], v[kept[free:]]])
 
 
 class TestValues:
@@ -42,30 +51,31 @@ class TestValues:
     def test_they_are_the_least_squares(self, data: st.DataObject) -> None:
         tokens, count, dim = (data.draw(st.integers(1, most)) for most in (30, 40, 8))
         kept = sorted(data.draw(st.sets(st.integers(0, tokens - 1), min_size=1)))
-        ridge = data.draw(st.floats(1e-2, 10))
+        ridge, recent = data.draw(st.floats(1e-2, 10)), data.draw(st.integers(0, 9))
         torch.manual_seed(data.draw(st.integers(0, 10_000)))
         queries, keys, values = 2 * torch.randn(count, dim), torch.randn(tokens, dim), torch.randn(tokens, dim)
-        found = matched_values(queries, keys, values, torch.tensor(kept), scale=0.5, ridge=ridge)
-        expected = least_squares(queries, keys, values, kept, 0.5, ridge)
+        found = matched_values(queries, keys, values, torch.tensor(kept), recent=recent, scale=0.5, ridge=ridge)
+        expected = least_squares(queries, keys, values, kept, recent, 0.5, ridge)
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
 
     def test_many_queries_are_taken_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(0)
         given = torch.randn(50, 4), torch.randn(30, 4), torch.randn(30, 4), torch.arange(0, 30, 3)
-        whole = matched_values(*given, scale=0.5, ridge=0.1)
+        whole = matched_values(*given, recent=2, scale=0.5, ridge=0.1)
         monkeypatch.setattr(module, "ROWS", 7)
-        torch.testing.assert_close(matched_values(*given, scale=0.5, ridge=0.1), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(matched_values(*given, recent=2, scale=0.5, ridge=0.1), whole, rtol=1e-4, atol=1e-5)
 
     def test_what_no_query_looks_at_stays_as_it_is(self) -> None:
         keys, values = torch.tensor([[1.0, 0], [0.9, 0], [-1, 0]]), torch.randn(3, 2)
-        found = matched_values(torch.tensor([[60.0, 0]] * 5), keys, values, torch.tensor([0, 2]), scale=1, ridge=0.01)
+        queries, kept = torch.tensor([[60.0, 0]] * 5), torch.tensor([0, 2])
+        found = matched_values(queries, keys, values, kept, recent=0, scale=1, ridge=0.01)
         assert torch.equal(found[1], values[2])
         assert not torch.allclose(found[0], values[0])
 
     def test_a_strong_ridge_leaves_all_as_they_are(self) -> None:
         torch.manual_seed(0)
         queries, keys, values, kept = torch.randn(20, 4), torch.randn(9, 4), torch.randn(9, 4), torch.tensor([1, 5])
-        found = matched_values(queries, keys, values, kept, scale=1, ridge=1e8)
+        found = matched_values(queries, keys, values, kept, recent=0, scale=1, ridge=1e8)
         torch.testing.assert_close(found, values[kept], rtol=1e-5, atol=1e-5)
 
 
@@ -129,13 +139,14 @@ class TestPolicy:
         ):
             for head, positions in enumerate(kept[0]):
                 own = prompt.keys[0, head], prompt.values[0, head]
-                expected = least_squares(prompt.reread[0][head], *own, positions, prompt.scale, SMALL.ridge)
+                expected = least_squares(prompt.reread[0][head], *own, positions, 3, prompt.scale, SMALL.ridge)
                 if len(positions) == 90:
                     full += 1
                     assert torch.equal(stored[0][head], own[1])
                 else:
                     np.testing.assert_allclose(stored[0][head].numpy(), expected, rtol=1e-2, atol=1e-3)
                     assert not np.allclose(own[1][positions].numpy(), expected, atol=1e-2)
+                    assert torch.equal(stored[0][head][-3:], own[1][-3:])
         assert full == 1
 
     @given(seed=st.integers(0, 1000), sizes=st.tuples(st.sampled_from([0.1, 1, 10]), st.sampled_from([0.1, 1, 10])))
@@ -172,6 +183,11 @@ class TestPolicy:
                     cache = model(ids).past_key_values
                     errors.append((model(ids[:, :60], past_key_values=cache).logits - wanted).norm())
         assert errors[1] < 0.9 * errors[0]
+
+    @pytest.mark.parametrize("options", ["ridge=0", "ridge=-1", "ridge=nan", "queries=0"])
+    def test_what_cannot_be_matched_is_refused(self, options: str) -> None:
+        with pytest.raises(sdk.BudgetError, match=r"matched-kv has nothing to match .* - choose numbers above 0"):
+            parse_policy(f"matched-kv+{options}")
 
     def test_nothing_of_the_reading_is_left(self) -> None:
         model, ids = new_model("llama", 2), prompts([90]).ids
