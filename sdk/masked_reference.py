@@ -102,9 +102,9 @@ def _attention(
     group = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    later = value.double()
+    exact = later = value.double()
     if thinkkv_values is not None:
-        later = _with_stored(later, thinkkv_kept[layer], thinkkv_values[layer], thinkkv_real)
+        later = _with_stored(exact, thinkkv_kept[layer], thinkkv_values[layer], thinkkv_real)
     for sequence in range(query.shape[0]):
         kept = thinkkv_kept[layer][sequence]
         mask = visible(kept, thinkkv_real[sequence].cpu(), thinkkv_prompt, sliding_window).to(query.device)
@@ -112,7 +112,7 @@ def _attention(
             own = head // group
             logits = query[sequence, head].double() @ key[sequence, own].double().T * scale
             weights = torch.softmax(logits.masked_fill(~mask[own], float("-inf")), dim=-1).nan_to_num(0.0)
-            first = weights[:thinkkv_prompt] @ value[sequence, own].double()
+            first = weights[:thinkkv_prompt] @ exact[sequence, own]
             rest = weights[thinkkv_prompt:] @ later[sequence, own]
             out[sequence, head] = torch.cat([first, rest]).to(query.dtype)
     return out.transpose(1, 2).contiguous(), None
