@@ -7,7 +7,8 @@
 
 Differences of single samples vary less than scores do, so that they show losses which two intervals would hide. The
 score of a perplexity is the mean loss in nats: there, and with ``--of loss`` or ``divergence``, more is worse. Where
-there are several tasks or ways to ask, the last rows are all their samples together, perplexity aside.
+there are several tasks or ways to ask, the last rows are all their samples together, perplexity aside. The questions of
+one text of ``niah-every-key`` are not taken as independent; those of one context of own data are.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from thinkkv.sdk.evaluation.scoring import standard_error
+from thinkkv.sdk.evaluation.tasks import GENERATED
 
 Sample = tuple[Any, ...]
 """Where a sample was read, its task, tokens and question, and its number."""
@@ -49,8 +53,15 @@ def together(cells: Mapping[tuple[Any, ...], Settings]) -> Settings:
 
 def difference(base: Mapping[Sample, float], other: Mapping[Sample, float]) -> tuple[float, float]:
     """Mean difference on the samples that both have, and 1.96 standard errors of it."""
-    found = [score - base[sample] for sample, score in other.items() if sample in base]
-    return statistics.mean(found), 1.96 * statistics.stdev(found) / len(found) ** 0.5
+    found = {sample: score - base[sample] for sample, score in other.items() if sample in base}
+    values = list(found.values())
+    return statistics.mean(values), 1.96 * standard_error(values, [text_of(sample) for sample in found])
+
+
+def text_of(sample: Sample) -> Sample:
+    """What it is about, at one place."""
+    path, task, context, question, number = sample
+    return path, task, context, question, GENERATED[task].text_of(number) if task in GENERATED else number
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from thinkkv.sdk.evaluation.journal import Journal, Outcome
 from thinkkv.sdk.evaluation.runner import Cell, key
-from thinkkv.sdk.evaluation.scoring import perplexity, wilson
+from thinkkv.sdk.evaluation.scoring import effective_count, perplexity, wilson
 from thinkkv.sdk.evaluation.setting import Setting
 
 Row = dict[str, Any]
@@ -26,7 +26,7 @@ def rows(journal: Journal, cells: Iterable[Cell], settings: Sequence[Setting], s
 
 
 def _row(cell: Cell, setting: Setting, outcomes: Sequence[Outcome]) -> Row:
-    score, interval = _mean(cell, [outcome.score for outcome in outcomes])
+    score, interval = _mean(cell, outcomes)
     return {
         "task": cell.task.name,
         "policy": setting.name,
@@ -45,11 +45,12 @@ def _row(cell: Cell, setting: Setting, outcomes: Sequence[Outcome]) -> Row:
     }
 
 
-def _mean(cell: Cell, scores: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+def _mean(cell: Cell, outcomes: Sequence[Outcome]) -> tuple[float, tuple[float, float] | None]:
+    scores = [outcome.score for outcome in outcomes]
     if cell.task.metric == "perplexity":
         return perplexity(scores)
     mean = sum(scores) / len(scores)
-    return mean, wilson(mean, len(scores))
+    return mean, wilson(mean, effective_count(scores, [cell.task.text_of(outcome.sample) for outcome in outcomes]))
 
 
 def _mean_of_all(values: Sequence[float | None]) -> float | None:

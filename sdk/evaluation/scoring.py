@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -33,14 +34,50 @@ def divergence(predicted: torch.Tensor, reference: torch.Tensor) -> float:
     return float((reference.exp() * (reference - predicted)).sum(dim=-1).mean().clamp(min=0))
 
 
-def wilson(mean: float, count: int) -> tuple[float, float]:
+def standard_error(values: Sequence[float], texts: Sequence[Hashable]) -> float:
+    """Of the mean of samples, of which those of one text may be alike; NaN where there is only one text.
+
+    The sandwich estimate for clusters: each text counts by the sum of its deviations from the mean. Where every sample
+    has a text of its own it is the usual one.
+
+    Args:
+        values: of the samples.
+        texts: what each sample is about.
+    """
+    mean = math.fsum(values) / len(values)
+    deviations: defaultdict[Hashable, float] = defaultdict(float)
+    for value, text in zip(values, texts, strict=True):
+        deviations[text] += value - mean
+    if len(deviations) == 1:
+        return math.nan
+    correction = len(deviations) / (len(deviations) - 1)
+    return math.sqrt(correction * math.fsum(sum_**2 for sum_ in deviations.values())) / len(values)
+
+
+def effective_count(scores: Sequence[float], texts: Sequence[Hashable]) -> float:
+    """How many samples of different texts would tell as much: between the numbers of texts and of samples.
+
+    Kish's design effect, as Korn and Graubard use it for intervals of shares (Survey Methodology 24, 1998). Where all
+    scores are equal nothing tells how much samples of one text are alike: then each text counts once.
+    """
+    samples, different = len(scores), len(set(texts))
+    if different == samples:
+        return samples
+    alone = standard_error(scores, range(samples))
+    if different == 1 or alone == 0:
+        return different
+    effect = (standard_error(scores, texts) / alone) ** 2
+    return min(samples, max(different, samples / effect if effect else samples))
+
+
+def wilson(mean: float, count: float) -> tuple[float, float]:
     """The Wilson 95 % interval of a share.
 
     For scores between 0 and 1 it is on the safe side: none varies more than right and wrong do.
 
     Args:
         mean: of the scores, 0 to 1.
-        count: of samples, 1 or more.
+        count: of independent samples, 1 or more.
     """
     spread = Z95**2 / count
     center = (mean + spread / 2) / (1 + spread)
