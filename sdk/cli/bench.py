@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from thinkkv.sdk.cli.compared import Compared, compared_options, numbers
+from thinkkv.sdk.cli.compared import Compared, compared_options, numbers, settings_table
 from thinkkv.sdk.cli.console import console, print_json, progress, track
 from thinkkv.sdk.cli.options import dtype_option, json_option
 
@@ -241,13 +241,8 @@ def _finish(result: dict[str, Any], folder: Path, as_json: bool) -> None:
 
 def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """One table of everything."""
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for column in ("runtime", "policy", "ratio", "context", "threads", "prefill s", "tokens/s", "ms a step"):
-        table.add_column(column, justify="left" if column in ("runtime", "policy") else "right")
-    for column in ("cache MiB", "used MiB", "peak MiB"):
-        table.add_column(column, justify="right")
+    speed = ("ratio", "context", "threads", "prefill\ns", "tokens\n/s", "ms a\nstep")
+    table = settings_table("runtime", after=(*speed, "cache\nMiB", "used\nMiB", "peak\nMiB"))
     for row in rows:
         sizes = (row[name] for name in ("cache_bytes", "used_bytes", "peak_rss_bytes"))
         table.add_row(

@@ -14,6 +14,8 @@ from thinkkv.sdk.cli.loading import load
 from thinkkv.sdk.cli.options import POLICY_NAMES, Command
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from thinkkv.sdk.evaluation.setting import Setting
     from thinkkv.sdk.profile import HeadProfile
 
@@ -126,3 +128,24 @@ def numbers(text: str, option: str, kind: Callable[[str], Number]) -> Sequence[N
     if not found or min(found) <= 0:
         raise click.UsageError(f"{option} {text} - give positive numbers with commas")
     return found
+
+
+def settings_table(*before: str, after: Sequence[str], title: str | None = None) -> Table:
+    """An empty table of settings, so narrow that a terminal of 80 columns shows every cell whole.
+
+    Args:
+        before: columns before the policy's, which is folded where it has to be: options tell rows apart.
+        after: columns of numbers after it.
+        title: above it.
+    """
+    from rich.table import Table
+
+    table = Table(
+        title=title, title_justify="left", box=None, header_style="bold", pad_edge=False, collapse_padding=True
+    )
+    for column in before:
+        table.add_column(column)
+    table.add_column("policy", overflow="fold", min_width=10)
+    for column in after:
+        table.add_column(column, justify="right")
+    return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,10 @@ from thinkkv.sdk.cli import DEBUG
 
 Item = TypeVar("Item")
 
-console = Console(stderr=True, highlight=False)
+PIPED_WIDTH = 120
+"""Columns of what goes to a file or a pager, where rich would fold rows at 80."""
+
+console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPED_WIDTH)
 """Tables, progress and notes."""
 
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TQDM_DISABLE": "1"}

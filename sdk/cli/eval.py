@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from thinkkv.sdk.cli.compared import Compared, compared_options, numbers, words
+from thinkkv.sdk.cli.compared import Compared, compared_options, numbers, settings_table, words
 from thinkkv.sdk.cli.console import console, print_json, progress, track
 from thinkkv.sdk.cli.options import dtype_option, json_option, read_text
 
@@ -131,15 +131,12 @@ def _finish(folder: Path, result: Mapping[str, Any]) -> None:
 
 def _show(result: Mapping[str, Any], folder: Path) -> None:
     """A table per task and way of asking; a policy a line."""
-    from rich.table import Table
-
     rows = result["rows"]
     for panel in dict.fromkeys(_panel(row) for row in rows):
         mine = [row for row in rows if _panel(row) == panel]
         title = "{task}, {context} tokens, question {question}, {samples} samples".format(**mine[0])
-        table = Table(box=None, header_style="bold", title=title, title_justify="left")
-        for column in ("policy", "ratio", mine[0]["metric"], "95 %", "loss", "divergence", "cache MiB", "used MiB"):
-            table.add_column(column, justify="left" if column == "policy" else "right")
+        columns = ("ratio", mine[0]["metric"], "95 %", "loss", "divergence", "cache\nMiB", "used\nMiB")
+        table = settings_table(after=columns, title=title)
         for row in mine:
             table.add_row(*_cells(row))
         console.print(table)
@@ -147,7 +144,7 @@ def _show(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def _cells(row: Mapping[str, Any]) -> Sequence[str]:
-    interval = "-" if row["ci95"] is None else "{:.2f} .. {:.2f}".format(*row["ci95"])
+    interval = "-" if row["ci95"] is None else "{:.2f}-{:.2f}".format(*row["ci95"])
     sizes = (f"{row[name] / 2**20:.1f}" for name in ("cache_bytes", "used_bytes"))
     loss, divergence = (
         "-" if row[name] is None else f"{row[name]:.{digits}f}"
