@@ -10,9 +10,9 @@ from transformers.cache_utils import Cache
 
 from thinkkv.patches.errors import UnsupportedGenerationError
 from thinkkv.sdk.compression import Compression
+from thinkkv.sdk.holding import ComparedLayer
 from thinkkv.sdk.layer import HeterogeneousLayer, bookkeeping
 from thinkkv.sdk.plan import KeepPlan
-from thinkkv.sdk.rehearsal import ComparedLayer
 from thinkkv.sdk.whole_prompt import WholePrompt
 
 

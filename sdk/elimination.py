@@ -22,9 +22,9 @@ from thinkkv.sdk.cache import HeterogeneousCache
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.evaluating import evaluating, read
 from thinkkv.sdk.hidden_facts import HiddenFact
+from thinkkv.sdk.holding import HoldingLayer
 from thinkkv.sdk.patching import apply
 from thinkkv.sdk.policies import RetrievalKV
-from thinkkv.sdk.rehearsal import HoldingLayer
 
 CLOSED_AT_ONCE = 0.25
 """Share of the open heads that are closed before all are judged anew."""

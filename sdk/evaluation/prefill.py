@@ -14,7 +14,8 @@ import torch
 
 from thinkkv.sdk.cache import HeterogeneousCache
 from thinkkv.sdk.compression import Compression
-from thinkkv.sdk.rehearsal import HoldingLayer, rehearse
+from thinkkv.sdk.holding import HoldingLayer
+from thinkkv.sdk.rehearsal import rehearse
 from thinkkv.sdk.whole_prompt import WholePrompt
 
 
