@@ -20,8 +20,10 @@ from markdown_it import MarkdownIt
 
 from thinkkv.sdk.cli import COMMANDS, main
 from thinkkv.sdk.cli.compared import numbers
+from thinkkv.sdk.cli.export import EXPORT_POLICIES
 from thinkkv.sdk.evaluation.setting import parse_policy
 from thinkkv.sdk.evaluation.tasks import is_known
+from thinkkv.sdk.policies import POLICIES
 from thinkkv.sdk.speed.torch_contender import STOCK
 
 ROOT = Path(__file__).parents[1]
@@ -257,3 +259,15 @@ def test_scripts_have_these_options(line: Line) -> None:
     if "lm_eval" not in path.read_text(encoding="utf-8"):  # else it has the options of another program
         assert given - set(options) == set()
     assert {name for name, required in options.items() if required and name.startswith("--")} - given == set()
+
+
+def test_the_table_of_policies_says_what_each_of_them_needs() -> None:
+    lines = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8").split("## What each of them needs")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines() if line[:3] == "| `"]
+    expected = []
+    for name, policy in POLICIES.items():
+        optional = ", optional" if name == "task-kv" else ""
+        profile = f"`{policy.profile_score}`{optional}" if policy.profile_score else ""
+        holds, exported = ("yes" if found else "" for found in (policy.compares_layers, name in EXPORT_POLICIES))
+        expected.append([f"`{name}`", profile, "twice" if policy.rehearses else "once", holds, exported])
+    assert [[name, *needs] for name, _, *needs in rows] == expected
