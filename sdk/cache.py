@@ -12,7 +12,7 @@ from thinkkv.patches.errors import UnsupportedGenerationError
 from thinkkv.sdk.compression import Compression
 from thinkkv.sdk.holding import ComparedLayer
 from thinkkv.sdk.layer import HeterogeneousLayer, bookkeeping
-from thinkkv.sdk.plan import KeepPlan
+from thinkkv.sdk.plan import Entries, KeepPlan
 from thinkkv.sdk.whole_prompt import WholePrompt
 
 
@@ -58,9 +58,9 @@ class HeterogeneousCache(Cache):
         """Token positions in store: ``[layer][sequence][KV head]``, each ascending; positions skip padding."""
         return [layer.kept_positions() for layer in self.layers]
 
-    def kept_values(self) -> list[list[list[torch.Tensor]]]:
-        """What is stored as their values, [kept, D], in the same order."""
-        return [layer.kept_values() for layer in self.layers]
+    def kept_entries(self) -> list[list[list[Entries]]]:
+        """What is stored as their keys and values, [kept, D] each, in the same order."""
+        return [layer.kept_entries() for layer in self.layers]
 
     def crop(self, tokens: int) -> None:
         """Forget the newest tokens, as long as they were appended after the prompt.

@@ -18,7 +18,7 @@ from thinkkv.kernels.entries import states_of
 from thinkkv.patches.errors import UnsupportedGenerationError
 from thinkkv.sdk.bounded import RecentQueries, entries_to_keep, rows_over_limit
 from thinkkv.sdk.compression import Compression
-from thinkkv.sdk.plan import KeepPlan, PromptView
+from thinkkv.sdk.plan import Entries, KeepPlan, PromptView
 from thinkkv.sdk.prompt_attention import prompt_attention
 from thinkkv.sdk.store import SPARE_TOKENS, Kept, LayerStore
 from thinkkv.sdk.whole_prompt import WholePrompt
@@ -185,8 +185,8 @@ class HeterogeneousLayer(CacheLayerMixin):
             ends += [length] * self.shape.kv_heads
         following = torch.tensor(ends, dtype=torch.int32, device=device)
         stored = self.compression.policy.stored
-        values = _stored_values(prompt, plans, kept)
-        self.store = LayerStore(prompt.keys.flatten(0, 1), values.flatten(0, 1), kept, following, stored=stored)
+        keys, values = _stored_entries(prompt, plans, kept)
+        self.store = LayerStore(keys.flatten(0, 1), values.flatten(0, 1), kept, following, stored=stored)
         self.plans = tuple(summaries)
         self.is_initialized = True
 
@@ -217,10 +217,15 @@ class HeterogeneousLayer(CacheLayerMixin):
         """Token positions in store: ``[sequence][KV head]``, each ascending."""
         return self._by_sequence([row.positions.tolist() for row in self.store.rows()] if self.store else [])
 
-    def kept_values(self) -> list[list[torch.Tensor]]:
-        """What is stored as their values: ``[sequence][KV head]``, [kept, D]."""
+    def kept_entries(self) -> list[list[Entries]]:
+        """What is stored as their keys and values: ``[sequence][KV head]``, [kept, D] each."""
         store = self.store
-        return self._by_sequence([states_of(row.values, store.dtype) for row in store.rows()] if store else [])
+        if store is None:
+            return []
+        rows = ((row.keys, row.values) for row in store.rows())
+        return self._by_sequence(
+            [(states_of(keys, store.dtype), states_of(values, store.dtype)) for keys, values in rows]
+        )
 
     def _by_sequence(self, rows: list[T]) -> list[list[T]]:
         return [rows[i : i + self.shape.kv_heads] for i in range(0, len(rows), self.shape.kv_heads)]
@@ -312,16 +317,17 @@ class HeterogeneousLayer(CacheLayerMixin):
         return store.starts(store.arena.lengths, new, window)
 
 
-def _stored_values(prompt: WholePrompt, plans: Sequence[KeepPlan], kept: Sequence[Kept]) -> torch.Tensor:
-    """[B, n, N, D]: the prompts' own values, but where a plan has others."""
-    if not any(plan.values for plan in plans):
-        return prompt.values
-    values = prompt.values.clone()
-    planned = (mine for plan in plans for mine in plan.values or (None,) * len(plan.kept))
-    for row, entries, mine in zip(values.flatten(0, 1), kept, planned, strict=True):
+def _stored_entries(prompt: WholePrompt, plans: Sequence[KeepPlan], kept: Sequence[Kept]) -> Entries:
+    """[B, n, N, D] each: the prompts' own keys and values, but where a plan has others."""
+    if not any(plan.entries for plan in plans):
+        return prompt.keys, prompt.values
+    keys, values = prompt.keys.clone(), prompt.values.clone()
+    planned = (mine for plan in plans for mine in plan.entries or (None,) * len(plan.kept))
+    for row, (places, mine) in enumerate(zip(kept, planned, strict=True)):
         if mine is not None:
-            row[entries.entries] = mine.to(row.dtype)
-    return values
+            for states, others in zip((keys, values), mine, strict=True):
+                states.flatten(0, 1)[row, places.entries] = others.to(states.dtype)
+    return keys, values
 
 
 @contextmanager

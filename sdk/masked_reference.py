@@ -19,8 +19,8 @@ NAME = "thinkkv_masked_reference"
 Kept = Sequence[Sequence[Sequence[Sequence[int]]]]
 """[layer][sequence][KV head] -> prompt positions kept, counted without padding."""
 
-Values = Sequence[Sequence[Sequence[torch.Tensor]]]
-"""[layer][sequence][KV head] -> [kept, D], what is stored as their values."""
+Stored = Sequence[Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]]
+"""[layer][sequence][KV head] -> [kept, D] keys and [kept, D] values that are stored there."""
 
 
 @torch.inference_mode()
@@ -31,7 +31,7 @@ def masked_logits(
     *,
     prompt: int,
     real: torch.Tensor | None = None,
-    values: Values | None = None,
+    entries: Stored | None = None,
 ) -> torch.Tensor:
     """Logits of the last prompt token and of everything after it, as a compressed cache should give them.
 
@@ -41,7 +41,7 @@ def masked_logits(
         kept: what each KV head keeps of the prompt.
         prompt: columns of the prompt.
         real: [B, T] bool, False at padding.
-        values: that tokens after the prompt see in place of its own.
+        entries: that tokens after the prompt see in place of its own.
 
     Returns:
         [B, T - prompt + 1, vocabulary].
@@ -60,7 +60,7 @@ def masked_logits(
             thinkkv_kept=kept,
             thinkkv_real=real,
             thinkkv_prompt=prompt,
-            thinkkv_values=values,
+            thinkkv_entries=entries,
         )
     finally:
         model.set_attn_implementation(previous)
@@ -94,7 +94,7 @@ def _attention(
     thinkkv_kept: Kept = (),
     thinkkv_real: torch.Tensor | None = None,
     thinkkv_prompt: int = 0,
-    thinkkv_values: Values | None = None,
+    thinkkv_entries: Stored | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     assert thinkkv_real is not None
@@ -102,31 +102,34 @@ def _attention(
     group = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    exact = later = value.double()
-    if thinkkv_values is not None:
-        later = _with_stored(exact, thinkkv_kept[layer], thinkkv_values[layer], thinkkv_real)
+    exact = later = (key.double(), value.double())
+    if thinkkv_entries is not None:
+        later = _with_stored(*exact, thinkkv_kept[layer], thinkkv_entries[layer], thinkkv_real)
     for sequence in range(query.shape[0]):
         kept = thinkkv_kept[layer][sequence]
         mask = visible(kept, thinkkv_real[sequence].cpu(), thinkkv_prompt, sliding_window).to(query.device)
         for head in range(query.shape[1]):
             own = head // group
-            logits = query[sequence, head].double() @ key[sequence, own].double().T * scale
-            weights = torch.softmax(logits.masked_fill(~mask[own], float("-inf")), dim=-1).nan_to_num(0.0)
-            first = weights[:thinkkv_prompt] @ exact[sequence, own]
-            rest = weights[thinkkv_prompt:] @ later[sequence, own]
-            out[sequence, head] = torch.cat([first, rest]).to(query.dtype)
+            for rows, (keys, values) in ((slice(thinkkv_prompt), exact), (slice(thinkkv_prompt, None), later)):
+                logits = query[sequence, head, rows].double() @ keys[sequence, own].T * scale
+                weights = torch.softmax(logits.masked_fill(~mask[own, rows], float("-inf")), dim=-1).nan_to_num(0.0)
+                out[sequence, head, rows] = (weights @ values[sequence, own]).to(query.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _with_stored(
+    keys: torch.Tensor,
     values: torch.Tensor,
     kept: Sequence[Sequence[Sequence[int]]],
-    stored: Sequence[Sequence[torch.Tensor]],
+    stored: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]],
     real: torch.Tensor,
-) -> torch.Tensor:
-    """[B, n, T, D] of one layer, the stored values in the places of the kept tokens."""
-    values = values.clone()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, n, T, D] of one layer each, the stored entries in the places of the kept tokens."""
+    keys, values = keys.clone(), values.clone()
     for sequence, columns in enumerate(row.nonzero()[:, 0] for row in real):
         for head, positions in enumerate(kept[sequence]):
-            values[sequence, head, columns[list(positions)]] = stored[sequence][head].to(values.dtype)
-    return values
+            places = columns[list(positions)]
+            keys[sequence, head, places], values[sequence, head, places] = (
+                states.to(keys.dtype) for states in stored[sequence][head]
+            )
+    return keys, values

@@ -9,6 +9,9 @@ from torch.nn.functional import avg_pool1d
 
 from thinkkv.kernels.dispatch import operation
 
+Entries = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one KV head, [kept, D] each."""
+
 
 @dataclass(frozen=True)
 class PromptView:
@@ -64,14 +67,14 @@ class KeepPlan:
         kept: per KV head its positions in the view, ascending, int64.
         heterogeneous: KV heads that the policy classed as heterogeneous.
         head_scores: [n] float32, what the classes were decided by, where there is such a score.
-        values: per KV head [kept, D] what it stores as the values of these positions, None for their own; empty where
-            all heads store their own.
+        entries: per KV head [kept, D] keys and [kept, D] values that it stores at these positions, None for their own;
+            empty where all heads store their own.
     """
 
     kept: tuple[torch.Tensor, ...]
     heterogeneous: tuple[int, ...] = ()
     head_scores: torch.Tensor | None = None
-    values: tuple[torch.Tensor | None, ...] = ()
+    entries: tuple[Entries | None, ...] = ()
 
     @classmethod
     def nothing(cls, prompt: PromptView) -> KeepPlan:

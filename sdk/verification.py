@@ -64,10 +64,10 @@ def verify(
         cache = handle.new_cache()
         compressed = _greedy(model, ids, cache, steps)
         found, kept = handle.report(cache).bytes, cache.kept_positions()
-        # The prompt's own values are not taken from the cache, unless the policy stores others.
-        values = cache.kept_values() if policy.reread_queries else None
+        # The prompt's own entries are not taken from the cache, unless the policy stores others.
+        entries = cache.kept_entries() if policy.reread_queries else None
     followed = torch.cat([ids, compressed.argmax(-1)[:, :-1]], dim=1)
-    expected = masked_logits(model, followed, kept, prompt=ids.shape[1], values=values)
+    expected = masked_logits(model, followed, kept, prompt=ids.shape[1], entries=entries)
     difference = (expected - compressed).abs().max().item()
     return Verification(
         identical_at_full_budget=torch.equal(stock, whole),

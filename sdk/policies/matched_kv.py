@@ -1,8 +1,9 @@
-"""Matched-KV: tokens by what a second reading looks up, with values that make up for the others. Our own policy.
+"""Matched-KV: tokens by what a second reading looks up, and entries that make up for the others. Our own policy.
 
 The tokens are ranked as by Reread-KV, each layer by its own measure: attention that is lost changes a layer the more,
-the smaller its outputs are. Then the kept tokens' values are changed so that the queries of the second reading get from
-them alone, as nearly as can be, what they got from the whole cache (Attention Matching, arXiv:2602.16284).
+the smaller its outputs are. Evicted tokens leave a few summaries of themselves. Then the values of all are changed so
+that the queries of the second reading get from them alone, as nearly as can be, what they got from the whole cache
+(Attention Matching, arXiv:2602.16284).
 """
 
 from __future__ import annotations
@@ -16,18 +17,27 @@ import torch
 from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.budget import LayerBudget
 from thinkkv.sdk.matched_values import matched_values
-from thinkkv.sdk.plan import KeepPlan, PromptView
+from thinkkv.sdk.plan import Entries, KeepPlan, PromptView
+from thinkkv.sdk.policies.ranked_heads import keeps_whole
 from thinkkv.sdk.policies.reread_kv import RereadKV
+from thinkkv.sdk.summaries import summarize
 
 SAMPLED = 256
 """Queries of each KV head by which the size of a layer's outputs is told."""
 
+SUMMARY_RIDGE = 1.0
+"""Towards the mean of what is summarised: questions ask otherwise than the text that is read again."""
+
+MOST_SUMMARIES = 0.25
+"""Of the tokens of a head that are ranked at all; the others are."""
+
 
 @dataclass(frozen=True)
 class MatchedKV(RereadKV):
-    """Reread-KV with ranks relative to a layer's outputs and matched values, but for full heads and recent tokens.
+    """Reread-KV with ranks relative to a layer's outputs, summaries, and matched values (not of full heads).
 
     Args:
+        summaries: entries of each head that stand for its evicted tokens; fewer where the budget is small.
         ridge: that many full looks at a token weigh as much as its own value.
         queries: of the second reading, at most about so many of each KV head are matched, drawn by chance.
         head_scores, share, sinks, recent, whole: as in Reread-KV.
@@ -38,6 +48,7 @@ class MatchedKV(RereadKV):
 
     name: ClassVar[str] = "matched-kv"
 
+    summaries: int = 4
     ridge: float = 0.1
     queries: int = 2048
 
@@ -47,6 +58,8 @@ class MatchedKV(RereadKV):
                 f"{self.name} has nothing to match with ridge={self.ridge:g} and queries={self.queries} - "
                 "choose numbers above 0"
             )
+        if self.summaries < 0:
+            raise BudgetError(f"{self.name} cannot keep summaries={self.summaries} - choose 0 or more")
 
     @property
     def reread_queries(self) -> int:
@@ -54,21 +67,50 @@ class MatchedKV(RereadKV):
         return self.queries
 
     def plan_model(self, prompts: Sequence[PromptView], budgets: Sequence[LayerBudget]) -> list[KeepPlan]:
-        """The plans of the ranking, with values."""
-        plans = super().plan_model(prompts, budgets)
-        return [self._matched(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
+        """The plans of the ranking, with entries of their own."""
+        summaries = [self._summaries(*layer) for layer in zip(prompts, budgets, strict=True)]
+        left = [self._without(*layer) for layer in zip(prompts, budgets, summaries, strict=True)]
+        plans = super().plan_model(prompts, left)
+        return [self._matched(*layer) for layer in zip(prompts, plans, summaries, strict=True)]
 
-    def _matched(self, prompt: PromptView, plan: KeepPlan) -> KeepPlan:
+    def _summaries(self, prompt: PromptView, budget: LayerBudget) -> int:
+        """Of each head that evicts anything."""
+        others = prompt.kv_heads - len(budget.full_heads)
+        if keeps_whole(prompt, budget) or others == 0:
+            return 0
+        ranked = budget.tokens - prompt.tokens * len(budget.full_heads) - self.smallest * others
+        return max(0, min(self.summaries, int(MOST_SUMMARIES * ranked) // others))
+
+    def _without(self, prompt: PromptView, budget: LayerBudget, summaries: int) -> LayerBudget:
+        """What is left for tokens."""
+        return replace(budget, tokens=budget.tokens - summaries * (prompt.kv_heads - len(budget.full_heads)))
+
+    def _matched(self, prompt: PromptView, plan: KeepPlan, summaries: int) -> KeepPlan:
         if plan.tokens == prompt.tokens * prompt.kv_heads:
             return plan
-        heads = zip(self.reread(prompt), prompt.keys, prompt.values, plan.kept, strict=True)
-        values = tuple(
-            None
-            if len(kept) == prompt.tokens
-            else matched_values(queries, keys, own, kept, recent=self.recent, scale=prompt.scale, ridge=self.ridge)
-            for queries, keys, own, kept in heads
-        )
-        return replace(plan, values=values)
+        heads = [self._head(prompt, head, kept, summaries) for head, kept in enumerate(plan.kept)]
+        kept, entries = zip(*heads, strict=True)
+        return replace(plan, kept=kept, entries=entries)
+
+    def _head(
+        self, prompt: PromptView, head: int, kept: torch.Tensor, summaries: int
+    ) -> tuple[torch.Tensor, Entries | None]:
+        """[S] positions of one KV head, and what it stores there; None for its own keys and values."""
+        if len(kept) == prompt.tokens:
+            return kept, None
+        queries, keys, values = self.reread(prompt)[head], prompt.keys[head], prompt.values[head]
+        own = keys[kept].float(), values[kept].float()
+        if summaries:
+            evicted = torch.ones(prompt.tokens, dtype=torch.bool, device=keys.device)
+            evicted[kept] = False
+            places, *summary = summarize(
+                queries, keys, values, evicted.nonzero()[:, 0], count=summaries, scale=prompt.scale, ridge=SUMMARY_RIDGE
+            )
+            kept, order = torch.cat([kept, places]).sort()
+            of_keys, of_values = (torch.cat(pair)[order] for pair in zip(own, summary, strict=True))
+            own = of_keys, of_values
+        matched = matched_values(queries, keys, values, own, recent=self.recent, scale=prompt.scale, ridge=self.ridge)
+        return kept, (own[0], matched)
 
     def _scores(self, prompt: PromptView, certain: torch.Tensor) -> torch.Tensor:
         scores = super()._scores(prompt, certain)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.conformance.dense_reference import DenseReference, Kept, Values
+from tests.conformance.dense_reference import DenseReference, Kept, Stored
 from tests.conformance.stored_reference import StoredReference
 from tests.tiny_models import KV_HEADS, PADDED, VARIANTS, Batch, Case, tiny_model, windows
 
@@ -57,21 +57,21 @@ class Compressed:
 
     Args:
         kept: positions.
-        values: stored as theirs; None where these are the prompt's own, which no test takes from the cache.
+        entries: stored there; None where these are the prompt's own, which no test takes from the cache.
     """
 
     kept: Kept
-    values: Values | None
+    entries: Stored | None
 
     @classmethod
     def of(cls, cache: Any) -> Compressed:
         """As it is now."""
         own = cache.compression.policy.reread_queries == 0
-        return cls(cache.kept_positions(), None if own else cache.kept_values())
+        return cls(cache.kept_positions(), None if own else cache.kept_entries())
 
     def logits(self, case: Case, whole: Batch, *, prompt: int) -> torch.Tensor:
         """Of dense attention to this and to all that follows, from the last of ``prompt`` columns on."""
-        if self.values is None:
+        if self.entries is None:
             return reference_of(case.variant, case.kv_heads, case.dtype).logits(whole, self.kept, prompt=prompt)
         reference = stored_reference_of(case.variant, case.kv_heads, case.dtype)
-        return reference.logits(whole, self.kept, prompt=prompt, values=self.values)
+        return reference.logits(whole, self.kept, prompt=prompt, entries=self.entries)

@@ -20,8 +20,8 @@ from tests.tiny_models import Batch
 Kept = Sequence[Sequence[Sequence[Sequence[int]]]]
 """[layer][sequence][KV head] -> kept prompt positions, padding not counted."""
 
-Values = Sequence[Sequence[Sequence[torch.Tensor]]]
-"""[layer][sequence][KV head] -> [kept, D], what is stored as their values."""
+Stored = Sequence[Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]]
+"""[layer][sequence][KV head] -> [kept, D] keys and [kept, D] values that are stored there."""
 
 
 class DenseReference:

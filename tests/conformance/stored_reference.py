@@ -1,6 +1,6 @@
 """The dense reference of a cache that does not store what the model computed: what follows a prompt sees other states.
 
-They are rounded, which is written down once more here, in numpy; or the prompt's values are those that a policy chose.
+They are rounded, which is written down once more here, in numpy; or entries of the prompt are those that a policy made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from tests.conformance.dense_reference import DenseReference, Kept, Values
+from tests.conformance.dense_reference import DenseReference, Kept, Stored
 from tests.kernels.sylvester import sylvester
 from tests.tiny_models import Batch
 
@@ -35,26 +35,27 @@ class StoredReference(DenseReference):
         AttentionInterface.register(NAME, _attention)
         self._model.set_attn_implementation(NAME)
 
-    def logits(self, batch: Batch, kept: Kept | None, *, prompt: int, values: Values | None = None) -> torch.Tensor:
+    def logits(self, batch: Batch, kept: Kept | None, *, prompt: int, entries: Stored | None = None) -> torch.Tensor:
         """As of a cache of the model's own states.
 
         Args:
             batch, kept, prompt: the same.
-            values: stored in place of the prompt's own, rounded already.
+            entries: stored in place of the prompt's own, rounded already.
         """
         for index, layer in enumerate(self._model.model.layers):
             layer.self_attn.prompt_columns = prompt
-            layer.self_attn.replaced = _replaced(batch, kept[index], values[index]) if kept and values else []
+            layer.self_attn.replaced = _replaced(batch, kept, entries, index) if kept and entries else []
         return super().logits(batch, kept, prompt=prompt)
 
 
-def _replaced(batch: Batch, kept: Sequence[Sequence[Sequence[int]]], values: Sequence[Sequence[torch.Tensor]]) -> Any:
-    """Of one layer: sequence, head and columns, and what is stored there."""
+def _replaced(batch: Batch, kept: Kept, entries: Stored, layer: int) -> Any:
+    """Of a layer: sequence, head and columns, and the keys and values that are stored there."""
     found = []
     for sequence, mask in enumerate(batch.mask.bool()):
         columns = mask.nonzero()[:, 0]
-        for head, positions in enumerate(kept[sequence]):
-            found.append((sequence, head, columns[list(positions)], values[sequence][head].float()))
+        for head, positions in enumerate(kept[layer][sequence]):
+            keys, values = entries[layer][sequence][head]
+            found.append((sequence, head, columns[list(positions)], keys.float(), values.float()))
     return found
 
 
@@ -97,10 +98,10 @@ def _attention(
     """[B, T, Hq, D]: columns of the prompt over exact states, the others over stored ones."""
     outputs = []
     of_keys, of_values = module.rounded
-    stored_values = of_values(value)
-    for sequence, head, columns, values in module.replaced:
-        stored_values[sequence, head, columns] = values
-    for states in ((key, value), (of_keys(key), stored_values)):
+    stored_keys, stored_values = of_keys(key), of_values(value)
+    for sequence, head, columns, keys, values in module.replaced:
+        stored_keys[sequence, head, columns], stored_values[sequence, head, columns] = keys, values
+    for states in ((key, value), (stored_keys, stored_values)):
         keys, values = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in states)
         weights = torch.softmax(query @ keys.transpose(2, 3) * options["scaling"] + mask, dim=-1)
         outputs.append((weights @ values).transpose(1, 2))

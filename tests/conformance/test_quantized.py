@@ -46,9 +46,9 @@ def check(case: Case, policy: str, ratio: float, cache_dtype: str) -> None:
     whole, columns = joined([prompt, *following]), prompt.ids.shape[1]
     real = whole.mask[:, columns - 1 :].bool()
     reference = stored_reference_of(case.variant, case.kv_heads, cache_dtype=cache_dtype)
-    expected = reference.logits(whole, compressed.kept, prompt=columns, values=compressed.values)
+    expected = reference.logits(whole, compressed.kept, prompt=columns, entries=compressed.entries)
     assert_close(found[real], expected[real], rms=ROUNDING[cache_dtype])
-    exact = replace(compressed, values=None).logits(case, whole, prompt=columns)
+    exact = replace(compressed, entries=None).logits(case, whole, prompt=columns)
     assert relative_rms(found[real], exact[real]) > 2 * relative_rms(found[real], expected[real])
 
 

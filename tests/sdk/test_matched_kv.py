@@ -24,6 +24,7 @@ from thinkkv.sdk.policies import MatchedKV, RereadKV
 
 RANKS = ((0.1, 0.4), (0.9, 0.2), (0.6, 0.8))
 SMALL = MatchedKV(head_scores=RANKS, share=0.2, sinks=2, recent=3, whole=26)
+NO_SUMMARIES = replace(SMALL, summaries=0)
 
 
 def least_squares(
@@ -54,28 +55,29 @@ class TestValues:
         ridge, recent = data.draw(st.floats(1e-2, 10)), data.draw(st.integers(0, 9))
         torch.manual_seed(data.draw(st.integers(0, 10_000)))
         queries, keys, values = 2 * torch.randn(count, dim), torch.randn(tokens, dim), torch.randn(tokens, dim)
-        found = matched_values(queries, keys, values, torch.tensor(kept), recent=recent, scale=0.5, ridge=ridge)
+        found = matched_values(queries, keys, values, (keys[kept], values[kept]), recent=recent, scale=0.5, ridge=ridge)
         expected = least_squares(queries, keys, values, kept, recent, 0.5, ridge)
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
 
     def test_many_queries_are_taken_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(0)
-        given = torch.randn(50, 4), torch.randn(30, 4), torch.randn(30, 4), torch.arange(0, 30, 3)
+        queries, keys, values = torch.randn(50, 4), torch.randn(30, 4), torch.randn(30, 4)
+        given = queries, keys, values, (keys[::3], values[::3])
         whole = matched_values(*given, recent=2, scale=0.5, ridge=0.1)
         monkeypatch.setattr(module, "ROWS", 7)
         torch.testing.assert_close(matched_values(*given, recent=2, scale=0.5, ridge=0.1), whole, rtol=1e-4, atol=1e-5)
 
     def test_what_no_query_looks_at_stays_as_it_is(self) -> None:
         keys, values = torch.tensor([[1.0, 0], [0.9, 0], [-1, 0]]), torch.randn(3, 2)
-        queries, kept = torch.tensor([[60.0, 0]] * 5), torch.tensor([0, 2])
-        found = matched_values(queries, keys, values, kept, recent=0, scale=1, ridge=0.01)
+        queries, kept = torch.tensor([[60.0, 0]] * 5), [0, 2]
+        found = matched_values(queries, keys, values, (keys[kept], values[kept]), recent=0, scale=1, ridge=0.01)
         assert torch.equal(found[1], values[2])
         assert not torch.allclose(found[0], values[0])
 
     def test_a_strong_ridge_leaves_all_as_they_are(self) -> None:
         torch.manual_seed(0)
-        queries, keys, values, kept = torch.randn(20, 4), torch.randn(9, 4), torch.randn(9, 4), torch.tensor([1, 5])
-        found = matched_values(queries, keys, values, kept, recent=0, scale=1, ridge=1e8)
+        queries, keys, values, kept = torch.randn(20, 4), torch.randn(9, 4), torch.randn(9, 4), [1, 5]
+        found = matched_values(queries, keys, values, (keys[kept], values[kept]), recent=0, scale=1, ridge=1e8)
         torch.testing.assert_close(found, values[kept], rtol=1e-5, atol=1e-5)
 
 
@@ -131,30 +133,51 @@ class TestQueries:
 class TestPolicy:
     def test_the_cache_holds_matched_values_but_in_full_heads(self) -> None:
         model, ids = tiny_model("llama", 2, torch.float32), prompts([90]).ids
-        with torch.inference_mode(), sdk.apply(model, policy=SMALL, ratio=0.4) as handle:
+        with torch.inference_mode(), sdk.apply(model, policy=NO_SUMMARIES, ratio=0.4) as handle:
             model(ids, past_key_values=(cache := handle.new_cache()))
         full = 0
         for prompt, kept, stored in zip(
-            held(model, [ids[0].tolist()]), cache.kept_positions(), cache.kept_values(), strict=True
+            held(model, [ids[0].tolist()]), cache.kept_positions(), cache.kept_entries(), strict=True
         ):
-            for head, positions in enumerate(kept[0]):
+            for head, (positions, (keys, values)) in enumerate(zip(kept[0], stored[0], strict=True)):
                 own = prompt.keys[0, head], prompt.values[0, head]
                 expected = least_squares(prompt.reread[0][head], *own, positions, 3, prompt.scale, SMALL.ridge)
+                assert torch.equal(keys, own[0][positions])
                 if len(positions) == 90:
                     full += 1
-                    assert torch.equal(stored[0][head], own[1])
+                    assert torch.equal(values, own[1])
                 else:
-                    np.testing.assert_allclose(stored[0][head].numpy(), expected, rtol=1e-2, atol=1e-3)
+                    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-2, atol=1e-3)
                     assert not np.allclose(own[1][positions].numpy(), expected, atol=1e-2)
-                    assert torch.equal(stored[0][head][-3:], own[1][-3:])
+                    assert torch.equal(values[-3:], own[1][-3:])
         assert full == 1
+
+    def test_evicted_tokens_leave_summaries_in_the_same_bytes(self) -> None:
+        model, ids = tiny_model("llama", 2, torch.float32), prompts([90]).ids
+        caches = []
+        for policy in (SMALL, NO_SUMMARIES):
+            with torch.inference_mode(), sdk.apply(model, policy=policy, ratio=0.4) as handle:
+                model(ids, past_key_values=(cache := handle.new_cache()))
+                caches.append((cache, handle.report(cache).bytes.used))
+        assert caches[0][1] == caches[1][1]
+        summarised = 0
+        for prompt, kept, stored in zip(
+            held(model, [ids[0].tolist()]), caches[0][0].kept_positions(), caches[0][0].kept_entries(), strict=True
+        ):
+            for head, (positions, (keys, _)) in enumerate(zip(kept[0], stored[0], strict=True)):
+                others = (keys != prompt.keys[0, head, positions]).any(dim=1)
+                assert others.sum() == (0 if len(positions) == 90 else 4)
+                assert not others[:2].any()
+                assert not others[-3:].any()
+                summarised += int(others.sum())
+        assert summarised == 5 * 4
 
     @given(seed=st.integers(0, 1000), sizes=st.tuples(st.sampled_from([0.1, 1, 10]), st.sampled_from([0.1, 1, 10])))
     def test_a_layer_with_small_outputs_keeps_more(self, seed: int, sizes: tuple[float, float]) -> None:
         made_up = Model(kv_heads=2, group=2, windows=(None, None), tokens=100, seed=seed)
         views = [made_up.view(layer) for layer in range(2)]
         views = [replace(view, values=size * view.values) for view, size in zip(views, sizes, strict=True)]
-        policy = MatchedKV(head_scores=RANKS[:2], share=0, sinks=2, recent=3, whole=26)
+        policy = MatchedKV(head_scores=RANKS[:2], share=0, sinks=2, recent=3, whole=26, summaries=0)
         found = policy.plan_model(views, [LayerBudget(60), LayerBudget(60)])
         ranked = []
         for view in views:
@@ -178,16 +201,21 @@ class TestPolicy:
         with torch.inference_mode():
             wanted = model(torch.cat([ids, ids[:, :60]], dim=1)).logits[:, 90:]
             errors = []
-            for policy in (RereadKV(head_scores=RANKS, share=0.2, sinks=2, recent=3, whole=26), SMALL):
+            for policy in (RereadKV(head_scores=RANKS, share=0.2, sinks=2, recent=3, whole=26), NO_SUMMARIES, SMALL):
                 with sdk.apply(model, policy=policy, ratio=0.4):
                     cache = model(ids).past_key_values
                     errors.append((model(ids[:, :60], past_key_values=cache).logits - wanted).norm())
         assert errors[1] < 0.9 * errors[0]
+        assert errors[2] < 0.9 * errors[0]
 
     @pytest.mark.parametrize("options", ["ridge=0", "ridge=-1", "ridge=nan", "queries=0"])
     def test_what_cannot_be_matched_is_refused(self, options: str) -> None:
         with pytest.raises(sdk.BudgetError, match=r"matched-kv has nothing to match .* - choose numbers above 0"):
             parse_policy(f"matched-kv+{options}")
+
+    def test_fewer_than_no_summaries_are_refused(self) -> None:
+        with pytest.raises(sdk.BudgetError, match="cannot keep summaries=-1 - choose 0 or more"):
+            parse_policy("matched-kv+summaries=-1")
 
     def test_nothing_of_the_reading_is_left(self) -> None:
         model, ids = new_model("llama", 2), prompts([90]).ids
