@@ -43,7 +43,7 @@ class MatchedKV(RereadKV):
         head_scores, share, sinks, recent, whole: as in Reread-KV.
 
     Raises:
-        BudgetError: ridge or queries are not above 0.
+        BudgetError: ridge or queries are not above 0, or summaries below.
     """
 
     name: ClassVar[str] = "matched-kv"

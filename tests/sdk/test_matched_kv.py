@@ -208,6 +208,16 @@ class TestPolicy:
         assert errors[1] < 0.9 * errors[0]
         assert errors[2] < 0.9 * errors[0]
 
+    @pytest.mark.parametrize(("ranked", "summaries"), [(0, 0), (3, 0), (4, 1), (11, 2), (16, 4), (40, 4)])
+    def test_of_ranked_tokens_a_quarter_may_be_summaries_at_most(self, ranked: int, summaries: int) -> None:
+        view = Model(kv_heads=2, group=2, windows=(None,), tokens=100, seed=1).view(0)
+        policy = MatchedKV(head_scores=RANKS[:1], share=0, sinks=2, recent=3, whole=26)
+        (plan,) = policy.plan_model([view], [LayerBudget(2 * (5 + ranked))])
+        assert plan.tokens == 2 * (5 + ranked)
+        for own, kept, entries in zip(view.keys, plan.kept, plan.entries, strict=True):
+            assert entries is not None
+            assert (entries[0] != own[kept]).any(dim=1).sum() == summaries
+
     @pytest.mark.parametrize("options", ["ridge=0", "ridge=-1", "ridge=nan", "queries=0"])
     def test_what_cannot_be_matched_is_refused(self, options: str) -> None:
         with pytest.raises(sdk.BudgetError, match=r"matched-kv has nothing to match .* - choose numbers above 0"):
