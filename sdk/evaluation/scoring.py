@@ -63,10 +63,9 @@ def effective_count(scores: Sequence[float], texts: Sequence[Hashable]) -> float
     samples, different = len(scores), len(set(texts))
     if different == samples:
         return samples
-    alone = standard_error(scores, range(samples))
-    if different == 1 or alone == 0:
+    if different == 1 or len(set(scores)) == 1:
         return different
-    effect = (standard_error(scores, texts) / alone) ** 2
+    effect = (standard_error(scores, texts) / standard_error(scores, range(samples))) ** 2
     return min(samples, max(different, samples / effect if effect else samples))
 
 

@@ -55,6 +55,7 @@ def test_samples_of_different_texts_have_the_usual_standard_error():
         ([1, 1, 1, 0, 0, 0, 1, 0], "aabbccdd", 8 * 6 / 7),  # two of four texts are not half right
         ([1, 0, 0, 1, 1, 0, 1, 0], "aabbccdd", 8),  # texts do not differ
         ([1, 1, 1, 1], "aabb", 2),
+        ([0.1] * 6, "aabbcc", 3),  # whose mean is rounded
         ([1, 0, 1], "aaa", 1),
     ],
 )
