@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 from rich.console import Console
@@ -22,7 +22,13 @@ Item = TypeVar("Item")
 PIPED_WIDTH = 120
 """Columns of what goes to a file or a pager, where rich would fold rows at 80."""
 
-console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPED_WIDTH)
+
+def width_of(stream: TextIO) -> int | None:
+    """Columns of a table on this stream; None where the terminal, or the user's ``COLUMNS``, says it."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
+
+
+console = Console(stderr=True, highlight=False, width=width_of(sys.stderr))
 """Tables, progress and notes."""
 
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TQDM_DISABLE": "1"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from thinkkv.sdk.cli.console import PIPED_WIDTH, print_json, progress
+from thinkkv.sdk.cli.console import print_json, progress, width_of
 from thinkkv.sdk.cli.options import json_option
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _show(found: dict[str, Any]) -> None:
     """The tables, on stdout: they are this command's result."""
     from rich.console import Console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    console = Console(highlight=False, width=width_of(sys.stdout))
     device = found["device"]
     console.print(f"thinkkv {found['thinkkv']}, Python {found['python']}, {found['platform']}")
     console.print(f"device: {device['kind']} ({', '.join(device['names'])}), {device['threads']} threads")
