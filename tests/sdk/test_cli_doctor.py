@@ -214,11 +214,12 @@ def test_doctor_knows_which_models_are_here(tmp_path: Path) -> None:
     done = process("doctor", "--json", HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path))
     states = {model["alias"]: model["status"] for model in json.loads(done.stdout)["models"]}
     assert states.pop("smollm2-135m") in ("packaged", "needs pip install 'thinkkv[demo]'")
-    assert set(states.values()) == {"needs download"}
+    assert set(states.values()) == {"to download"}
 
 
-def test_doctor_shows_tables_on_stdout(examined: dict) -> None:
-    done = process("doctor")
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_doctor_shows_tables_on_stdout(examined: dict, columns: str) -> None:
+    done = process("doctor", COLUMNS=columns)
     assert done.returncode == 0
     assert "pip install 'thinkkv[train]'" in done.stdout or "trl" not in str(examined["extras"])
     for name in ("smollm2-135m", "qwen3-0.6b", "deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "task-kv", "mistral"):
