@@ -12,45 +12,31 @@ from __future__ import annotations
 import torch
 
 from thinkkv.sdk.plan import Entries
-
-ROWS = 1024
-"""Queries whose attention is in memory at once."""
+from thinkkv.sdk.reference_queries import ReferenceQueries
 
 
-def matched_values(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    stored: Entries,
-    *,
-    recent: int,
-    scale: float,
-    ridge: float,
-) -> torch.Tensor:
+def matched_values(reference: ReferenceQueries, stored: Entries, *, recent: int, ridge: float) -> torch.Tensor:
     """The values that minimise |A V - O|^2 + ridge |V - V0|^2, but for those of the most recent entries.
 
     These keep their own: a second reading hardly looks at what stands right before it, what follows the prompt does.
 
     Args:
-        queries: [R, D], of which O [R, D] is the attention to all tokens, and A [R, S] the weights of what is stored.
-        keys, values: [N, D] of one KV head.
-        stored: [S, D] keys and V0, by position.
+        reference: queries; O [R, D] is their attention to all tokens, A [R, S] the weights of what is stored.
+        stored: [S, D] keys and V0 of one KV head, by position.
         recent: so many of the last of them keep their values.
-        scale: softmax scale.
         ridge: above 0; that many full looks of a query at an entry weigh as much as the entry's own value.
 
     Returns:
         [S, D] float32.
     """
-    keys, values, kept, own = (states.float() for states in (keys, values, *stored))
-    free = max(0, len(kept) - recent)
+    keys, own = (states.float() for states in stored)
+    free = max(0, len(keys) - recent)
     gram = ridge * torch.eye(free, device=keys.device)
-    missed = torch.zeros(free, values.shape[1], device=keys.device)
-    for part in queries.float().split(ROWS):
-        outputs = (part @ keys.T).mul_(scale).softmax(dim=-1) @ values
-        weights = (part @ kept.T).mul_(scale).softmax(dim=-1)
+    missed = torch.zeros(free, own.shape[1], device=keys.device)
+    for part in reference.parts():
+        weights = (part.scaled @ keys.T).softmax(dim=-1)
         changed = weights[:, :free]
         gram.addmm_(changed.T, changed)
-        missed.addmm_(changed.T, outputs - weights @ own)
+        missed.addmm_(changed.T, part.outputs - weights @ own)
     change = torch.cholesky_solve(missed, torch.linalg.cholesky(gram))
     return torch.cat([own[:free] + change, own[free:]])

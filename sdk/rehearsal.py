@@ -28,8 +28,8 @@ yet where in the text it is, and looks everywhere."""
 LEAD_IN = 64
 """Tokens before a chunk that are read with it for that reason; their attention is not counted a second time."""
 
-QUERIES = 128
-"""Queries whose attention to everything is in memory at once."""
+QUERIES = 64
+"""Queries of each query head whose attention to everything is in memory at once; twice as many leave a CPU's caches."""
 
 
 @dataclass(frozen=True)
@@ -128,23 +128,27 @@ def _attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None, counted_from: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[G, Q, D] attention of the last Q of T tokens, causal, within the window; [T] the most and all of the counted."""
-    before = len(keys) - query.shape[1]
+    group, length, dim = query.shape
+    before = len(keys) - length
+    out, scaled = torch.empty_like(query), query * scale
     most, total = torch.zeros(2, len(keys), device=keys.device)
-    blocks = []
-    for start in range(0, query.shape[1], QUERIES):
-        block = query[:, start : start + QUERIES]
+    # Asked for once: of all that a block costs, memory that is new to the process is a good part.
+    room = keys.new_empty(2, group * min(QUERIES, length) * len(keys))
+    for start in range(0, length, QUERIES):
+        block = scaled[:, start : start + QUERIES]
         new = block.shape[1]
         seen = before + start + new
-        weights = (block @ keys[:seen].T).mul_(scale)
+        scores, weights = room[:, : group * new * seen].view(2, group, new, seen)
+        torch.mm(block.reshape(-1, dim), keys[:seen].T, out=scores.view(-1, seen))
         ahead = torch.ones(new, new, dtype=torch.bool, device=keys.device).triu(1)
-        weights[:, :, seen - new :].masked_fill_(ahead, float("-inf"))
+        scores[:, :, seen - new :].masked_fill_(ahead, float("-inf"))
         if window is not None:
             position = torch.arange(seen, device=keys.device)
-            weights.masked_fill_(position[-new:, None] - position >= window, float("-inf"))
-        weights = weights.softmax(dim=-1)
-        blocks.append(weights @ values[:seen])
+            scores.masked_fill_(position[-new:, None] - position >= window, float("-inf"))
+        torch.softmax(scores, dim=-1, out=weights)
+        out[:, start : start + new] = weights @ values[:seen]
         counted = weights[:, max(0, counted_from - start) :]
         if counted.shape[1]:
             most[:seen] = torch.maximum(most[:seen], counted.amax(dim=(0, 1)))
             total[:seen] += counted.sum(dim=(0, 1))
-    return torch.cat(blocks, dim=1) if blocks else query, most, total
+    return out, most, total

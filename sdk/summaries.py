@@ -8,23 +8,23 @@ to the group. The logarithm of that attention is nearly linear in the query, as 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-ROWS = 1024
-"""Queries whose attention is in memory at once."""
+from thinkkv.sdk.reference_queries import ReferenceQueries
 
 ROUNDS = 8
 """Of Lloyd's algorithm."""
 
 
 def summarize(
-    queries: torch.Tensor,
+    reference: ReferenceQueries,
     keys: torch.Tensor,
     values: torch.Tensor,
     evicted: torch.Tensor,
     *,
     count: int,
-    scale: float,
     ridge: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Summaries of evicted tokens.
@@ -33,25 +33,25 @@ def summarize(
     keys; L is the logarithm of the attention to the group, not normalised, and w its share of all attention.
 
     Args:
-        queries: [R, D] of a second reading.
+        reference: queries of a second reading.
         keys, values: [N, D] of one KV head.
         evicted: [E] int64 positions, one at least.
         count: of groups, at most.
-        scale: softmax scale.
         ridge: above 0, in units of what a mean direction of the keys weighs in the sum.
 
     Returns:
         [S] int64, in the places of which evicted tokens the summaries stand: of those nearest to the middle of their
         groups; [S, D] float32 keys; [S, D] float32 values, the group's mean by attention. S <= count.
     """
-    own = keys[evicted].float()
-    group, middle = grouped(own, count)
-    apart = torch.cdist(own, middle)
-    apart[group[:, None] != torch.arange(len(middle), device=group.device)] = torch.inf
-    fitted, taken = _fitted(queries.float() * scale, keys.float(), evicted, group, middle, ridge)
-    weighed = torch.zeros_like(middle).index_add_(0, group, taken[:, None] * values[evicted].float())
-    attention = torch.zeros_like(middle[:, 0]).index_add_(0, group, taken)
-    return evicted[apart.argmin(dim=0)], fitted, weighed / attention[:, None]
+    group, middle = grouped(keys[evicted].float(), count)
+    order = group.argsort(stable=True)
+    evicted, sizes = evicted[order], group.bincount().tolist()
+    own = keys[evicted].float().split(sizes)
+    nearest = [(keys - mean).norm(dim=1).argmin() for keys, mean in zip(own, middle, strict=True)]
+    places = torch.stack([mine[at] for mine, at in zip(evicted.split(sizes), nearest, strict=True)])
+    fitted, taken = _fitted(reference, own, middle, ridge)
+    parts = zip(taken, values[evicted].float().split(sizes), strict=True)
+    return places, fitted, torch.stack([(weight @ mine) / weight.sum() for weight, mine in parts])
 
 
 def grouped(points: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,28 +74,24 @@ def grouped(points: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _fitted(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    evicted: torch.Tensor,
-    group: torch.Tensor,
-    middle: torch.Tensor,
-    ridge: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[S, D] a key for each group; [E] float32 attention to each evicted token, above 0; queries are scaled."""
+    reference: ReferenceQueries, own: Sequence[torch.Tensor], middle: torch.Tensor, ridge: float
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """[S, D] a key for each group; per group [n] float32 attention to each of its tokens, above 0."""
+    tiny = torch.finfo(middle.dtype).tiny
+    sizes, evicted = [len(keys) for keys in own], torch.cat(list(own))
+    taken = torch.full_like(evicted[:, 0], tiny)
     groups, dim = middle.shape
-    gram, missed = middle.new_zeros(groups, dim, dim), middle.new_zeros(groups, dim)
-    taken = torch.full_like(group, torch.finfo(keys.dtype).tiny, dtype=keys.dtype)
-    for part in queries.split(ROWS):
-        scores = part @ keys.T
-        shares = (scores[:, evicted] - scores.logsumexp(dim=1, keepdim=True)).exp()
+    gram, missed = middle.new_zeros(groups * dim, dim), torch.zeros_like(middle)
+    for part in reference.parts():
+        shares = (part.scaled @ evicted.T).sub_(part.weighed[:, None]).exp_()
         taken += shares.sum(dim=0)
-        for number in range(groups):
-            mine = group == number
-            logit = scores[:, evicted[mine]].logsumexp(dim=1)
-            weighed = part * shares[:, mine].sum(dim=1, keepdim=True)
-            gram[number] += weighed.T @ part
-            missed[number] += weighed.T @ (logit - part @ middle[number])
-    weight = gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=torch.finfo(keys.dtype).tiny)
+        of_group = torch.stack([mine.sum(dim=1) for mine in shares.split(sizes, dim=1)], dim=1)
+        logit = of_group.clamp(min=tiny).log() + part.weighed[:, None]
+        weighed = of_group[:, :, None] * part.scaled[:, None]
+        gram.addmm_(weighed.flatten(1).T, part.scaled)
+        missed += (weighed * (logit - part.scaled @ middle.T)[:, :, None]).sum(dim=0)
+    gram = gram.unflatten(0, (groups, dim))
+    weight = gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=tiny)
     # Each system in its own unit, as attention to a group may be next to nothing.
-    system = gram / weight[:, None, None] + ridge * torch.eye(dim, device=keys.device)
-    return middle + torch.linalg.solve(system, missed / weight[:, None]), taken
+    system = gram / weight[:, None, None] + ridge * torch.eye(dim, device=middle.device)
+    return middle + torch.linalg.solve(system, missed / weight[:, None]), taken.split(sizes)

@@ -20,6 +20,7 @@ from thinkkv.sdk.matched_values import matched_values
 from thinkkv.sdk.plan import Entries, KeepPlan, PromptView
 from thinkkv.sdk.policies.ranked_heads import keeps_whole
 from thinkkv.sdk.policies.reread_kv import RereadKV
+from thinkkv.sdk.reference_queries import ReferenceQueries
 from thinkkv.sdk.summaries import summarize
 
 SAMPLED = 256
@@ -98,19 +99,19 @@ class MatchedKV(RereadKV):
         """[S] positions of one KV head, and what it stores there; None for its own keys and values."""
         if len(kept) == prompt.tokens:
             return kept, None
-        queries, keys, values = self.reread(prompt)[head], prompt.keys[head], prompt.values[head]
+        keys, values = prompt.keys[head], prompt.values[head]
+        reference = ReferenceQueries.of(self.reread(prompt)[head], keys, values, prompt.scale)
         own = keys[kept].float(), values[kept].float()
         if summaries:
             evicted = torch.ones(prompt.tokens, dtype=torch.bool, device=keys.device)
             evicted[kept] = False
             places, *summary = summarize(
-                queries, keys, values, evicted.nonzero()[:, 0], count=summaries, scale=prompt.scale, ridge=SUMMARY_RIDGE
+                reference, keys, values, evicted.nonzero()[:, 0], count=summaries, ridge=SUMMARY_RIDGE
             )
             kept, order = torch.cat([kept, places]).sort()
             of_keys, of_values = (torch.cat(pair)[order] for pair in zip(own, summary, strict=True))
             own = of_keys, of_values
-        matched = matched_values(queries, keys, values, own, recent=self.recent, scale=prompt.scale, ridge=self.ridge)
-        return kept, (own[0], matched)
+        return kept, (own[0], matched_values(reference, own, recent=self.recent, ridge=self.ridge))
 
     def _scores(self, prompt: PromptView, certain: torch.Tensor) -> torch.Tensor:
         scores = super()._scores(prompt, certain)

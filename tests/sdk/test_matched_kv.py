@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from tests.sdk.planning import Model
 from tests.tiny_models import VARIANTS, new_model, prompts, stock_queries, tiny_model
 from thinkkv import sdk
-from thinkkv.sdk import matched_values as module
-from thinkkv.sdk import rehearsal
+from thinkkv.sdk import reference_queries, rehearsal
 from thinkkv.sdk.budget import LayerBudget
 from thinkkv.sdk.evaluation.prefill import prefill
 from thinkkv.sdk.evaluation.setting import parse_policy
 from thinkkv.sdk.matched_values import matched_values
 from thinkkv.sdk.policies import MatchedKV, RereadKV
+from thinkkv.sdk.reference_queries import ReferenceQueries
 
 RANKS = ((0.1, 0.4), (0.9, 0.2), (0.6, 0.8))
 SMALL = MatchedKV(head_scores=RANKS, share=0.2, sinks=2, recent=3, whole=26)
@@ -55,29 +55,36 @@ class TestValues:
         ridge, recent = data.draw(st.floats(1e-2, 10)), data.draw(st.integers(0, 9))
         torch.manual_seed(data.draw(st.integers(0, 10_000)))
         queries, keys, values = 2 * torch.randn(count, dim), torch.randn(tokens, dim), torch.randn(tokens, dim)
-        found = matched_values(queries, keys, values, (keys[kept], values[kept]), recent=recent, scale=0.5, ridge=ridge)
+        reference = ReferenceQueries.of(queries, keys, values, 0.5)
+        found = matched_values(reference, (keys[kept], values[kept]), recent=recent, ridge=ridge)
         expected = least_squares(queries, keys, values, kept, recent, 0.5, ridge)
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
 
     def test_many_queries_are_taken_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(0)
         queries, keys, values = torch.randn(50, 4), torch.randn(30, 4), torch.randn(30, 4)
-        given = queries, keys, values, (keys[::3], values[::3])
-        whole = matched_values(*given, recent=2, scale=0.5, ridge=0.1)
-        monkeypatch.setattr(module, "ROWS", 7)
-        torch.testing.assert_close(matched_values(*given, recent=2, scale=0.5, ridge=0.1), whole, rtol=1e-4, atol=1e-5)
+
+        def matched() -> torch.Tensor:
+            reference = ReferenceQueries.of(queries, keys, values, 0.5)
+            return matched_values(reference, (keys[::3], values[::3]), recent=2, ridge=0.1)
+
+        whole = matched()
+        monkeypatch.setattr(reference_queries, "ROWS", 7)
+        torch.testing.assert_close(matched(), whole, rtol=1e-4, atol=1e-5)
 
     def test_what_no_query_looks_at_stays_as_it_is(self) -> None:
         keys, values = torch.tensor([[1.0, 0], [0.9, 0], [-1, 0]]), torch.randn(3, 2)
         queries, kept = torch.tensor([[60.0, 0]] * 5), [0, 2]
-        found = matched_values(queries, keys, values, (keys[kept], values[kept]), recent=0, scale=1, ridge=0.01)
+        reference = ReferenceQueries.of(queries, keys, values, 1.0)
+        found = matched_values(reference, (keys[kept], values[kept]), recent=0, ridge=0.01)
         assert torch.equal(found[1], values[2])
         assert not torch.allclose(found[0], values[0])
 
     def test_a_strong_ridge_leaves_all_as_they_are(self) -> None:
         torch.manual_seed(0)
         queries, keys, values, kept = torch.randn(20, 4), torch.randn(9, 4), torch.randn(9, 4), [1, 5]
-        found = matched_values(queries, keys, values, (keys[kept], values[kept]), recent=0, scale=1, ridge=1e8)
+        reference = ReferenceQueries.of(queries, keys, values, 1.0)
+        found = matched_values(reference, (keys[kept], values[kept]), recent=0, ridge=1e8)
         torch.testing.assert_close(found, values[kept], rtol=1e-5, atol=1e-5)
 
 

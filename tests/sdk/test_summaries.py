@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkkv.sdk import summaries as module
+from thinkkv.sdk import reference_queries
+from thinkkv.sdk.reference_queries import ReferenceQueries
 from thinkkv.sdk.summaries import grouped, summarize
 
 
@@ -39,7 +40,8 @@ class TestSummaries:
         ridge = data.draw(st.floats(1e-2, 10))
         torch.manual_seed(data.draw(st.integers(0, 10_000)))
         queries, keys, values = torch.randn(30, 6), torch.randn(tokens, 6), torch.randn(tokens, 6)
-        places, found, means = summarize(queries, keys, values, evicted, count=count, scale=0.5, ridge=ridge)
+        reference = ReferenceQueries.of(queries, keys, values, 0.5)
+        places, found, means = summarize(reference, keys, values, evicted, count=count, ridge=ridge)
         group, _ = grouped(keys[evicted], count)
         q, k, v = (one.double().numpy() for one in (0.5 * queries, keys, values))
         weights = np.exp(q @ k.T)
@@ -70,24 +72,29 @@ class TestSummaries:
         queries = torch.cat([torch.randn(200, 3), torch.ones(200, 1)], dim=1)
         keys = torch.cat([torch.randn(1, 4).repeat(7, 1), torch.randn(5, 4)])
         values = torch.randn(12, 4)
-        _, key, value = summarize(queries, keys, values, torch.arange(7), count=1, scale=1.0, ridge=1e-7)
+        reference = ReferenceQueries.of(queries, keys, values, 1.0)
+        _, key, value = summarize(reference, keys, values, torch.arange(7), count=1, ridge=1e-7)
         wanted = (queries @ keys.T).softmax(dim=1) @ values
         found = (queries @ torch.cat([key, keys[7:]]).T).softmax(dim=1) @ torch.cat([value, values[7:]])
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
     def test_many_queries_are_taken_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(0)
-        given = torch.randn(50, 4), torch.randn(30, 4), torch.randn(30, 4), torch.arange(3, 20)
-        whole = summarize(*given, count=3, scale=0.5, ridge=0.1)
-        monkeypatch.setattr(module, "ROWS", 7)
-        for found, expected in zip(summarize(*given, count=3, scale=0.5, ridge=0.1), whole, strict=True):
+        queries, keys, values = torch.randn(50, 4), torch.randn(30, 4), torch.randn(30, 4)
+
+        def summaries() -> tuple[torch.Tensor, ...]:
+            reference = ReferenceQueries.of(queries, keys, values, 0.5)
+            return summarize(reference, keys, values, torch.arange(3, 20), count=3, ridge=0.1)
+
+        whole = summaries()
+        monkeypatch.setattr(reference_queries, "ROWS", 7)
+        for found, expected in zip(summaries(), whole, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
     def test_tokens_that_nobody_looks_at_are_summarised_by_their_mean(self) -> None:
         keys = torch.tensor([[9.0, 0], [-90, 1], [-90, -1]])
         values = torch.tensor([[1.0, 1], [2, 0], [4, 0]])
-        _, key, value = summarize(
-            torch.tensor([[9.0, 0]] * 4), keys, values, torch.tensor([1, 2]), count=1, scale=1.0, ridge=1.0
-        )
+        reference = ReferenceQueries.of(torch.tensor([[9.0, 0]] * 4), keys, values, 1.0)
+        _, key, value = summarize(reference, keys, values, torch.tensor([1, 2]), count=1, ridge=1.0)
         assert key.isfinite().all()
         torch.testing.assert_close(value, torch.tensor([[3.0, 0]]))
