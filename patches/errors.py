@@ -45,5 +45,9 @@ class BundleError(ThinkKVError):
     """An exported folder is damaged, incomplete, foreign or newer than this thinkkv."""
 
 
+class SavedCacheError(ThinkKVError):
+    """A cache cannot be saved, or a saved one is damaged, foreign or newer than this thinkkv."""
+
+
 class RecipeError(ThinkKVError):
     """A training recipe says something that cannot be; the message names the line."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ModelNotFoundError,
         PatchStateError,
         ProfileMismatchError,
+        SavedCacheError,
         ThinkKVError,
         UnsupportedGenerationError,
         UnsupportedModelError,
@@ -46,6 +47,7 @@ _HOMES = {
     "PatchStateError": "thinkkv.patches.errors",
     "ModelNotFoundError": "thinkkv.patches.errors",
     "MissingExtraError": "thinkkv.patches.errors",
+    "SavedCacheError": "thinkkv.patches.errors",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "Policy",
     "ProfileMismatchError",
     "Report",
+    "SavedCacheError",
     "ThinkKVError",
     "UnsupportedGenerationError",
     "UnsupportedModelError",

@@ -41,12 +41,16 @@ class RecentQueries:
         """Start anew, where the newest queries do not line up with the newest entries."""
         self._queries.clear()
 
-    def per_row(self, query_group: int, longest: int) -> torch.Tensor | None:
-        """[B * n, G, L, D] with L up to the window and to ``longest``; None where there are none."""
+    def newest(self, count: int = OBSERVATION_WINDOW) -> torch.Tensor | None:
+        """[B, Hq, L, D] with L up to the window and to ``count``; None where there are none."""
         if not self._queries:
             return None
-        newest = torch.cat(self._queries, dim=2)[:, :, -min(OBSERVATION_WINDOW, longest) :]
-        return newest.unflatten(1, (-1, query_group)).flatten(0, 1)
+        return torch.cat(self._queries, dim=2)[:, :, -min(OBSERVATION_WINDOW, count) :]
+
+    def per_row(self, query_group: int, longest: int) -> torch.Tensor | None:
+        """[B * n, G, L, D], as ``newest``."""
+        newest = self.newest(longest)
+        return None if newest is None else newest.unflatten(1, (-1, query_group)).flatten(0, 1)
 
 
 def entries_to_keep(group: RowGroup, queries: torch.Tensor | None, policy: Policy, scale: float) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +12,11 @@ import torch
 from transformers import TextStreamer
 
 from thinkkv.patches.errors import ThinkKVError
+from thinkkv.sdk.cache import HeterogeneousCache
 from thinkkv.sdk.patching import apply
 from thinkkv.sdk.policies import CacheDtype
 from thinkkv.sdk.profile import HeadProfile
-from thinkkv.sdk.report import Bytes
+from thinkkv.sdk.report import Bytes, report
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Generated:
         prefill_seconds: until the first new token.
         decode_seconds: for the others; without compiling.
         compile_seconds: for the step that compiled, None where none did.
+        load_seconds: for a cache from a file, None where there was none.
         bytes: of the cache at the end.
     """
 
@@ -40,6 +42,7 @@ class Generated:
     decode_seconds: float
     bytes: Bytes
     compile_seconds: float | None = None
+    load_seconds: float | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -59,7 +62,12 @@ class Generated:
         }
 
     def _seconds(self) -> dict[str, float | None]:
-        return {"prefill": self.prefill_seconds, "compile": self.compile_seconds, "decode": self.decode_seconds}
+        return {
+            "load": self.load_seconds,
+            "prefill": self.prefill_seconds,
+            "compile": self.compile_seconds,
+            "decode": self.decode_seconds,
+        }
 
 
 class _Watch(TextStreamer):
@@ -109,16 +117,8 @@ def generate_text(
     Raises:
         ThinkKVError: the prompt has no tokens, or does not fit the model's context.
     """
-    inputs = encode(tokenizer, prompt, chat=chat).to(model.device)
-    tokens = inputs["input_ids"].shape[1]
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and tokens + max_new_tokens > limit:
-        raise ThinkKVError(
-            f"{tokens} prompt tokens and {max_new_tokens} new ones exceed the model's context of {limit} - "
-            "shorten the prompt or lower --max-new-tokens"
-        )
-    watch = _Watch(tokenizer, echo)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    ids = encode(tokenizer, prompt, chat=chat)
+    check_context(model, len(ids), max_new_tokens)
     with apply(
         model,
         policy=policy,
@@ -129,40 +129,80 @@ def generate_text(
         cache_dtype=cache_dtype,
         compiled=compiled,
     ) as handle:
-        start = time.perf_counter()
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=watch, **sampling)
-        report = handle.report()
-    new = out[0, tokens:]
+        return answer(
+            model, tokenizer, ids, handle.new_cache(), compiled=compiled, max_new_tokens=max_new_tokens,
+            temperature=temperature, echo=echo,
+        )  # fmt: skip
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    ids: Sequence[int],
+    cache: HeterogeneousCache,
+    *,
+    compiled: bool,
+    max_new_tokens: int,
+    temperature: float | None,
+    echo: Callable[[str], None] | None,
+) -> Generated:
+    """Generate on a model that is patched.
+
+    Args:
+        ids: of all that has been said, what the cache has seen included.
+        cache: of this model, empty or not.
+        model, tokenizer, compiled, max_new_tokens, temperature, echo: as for ``generate_text``.
+    """
+    watch = _Watch(tokenizer, echo)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    inputs = torch.tensor([list(ids)], device=model.device)
+    start = time.perf_counter()
+    out = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        streamer=watch,
+        **sampling,
+    )
+    new = out[0, len(ids) :]
     first, last = watch.arrivals[1], watch.arrivals[-1]  # arrival 0 is the prompt itself
     compiling = watch.arrivals[2] - first if compiled and len(new) > 1 else None
+    held = report(cache)
     return Generated(
         text=tokenizer.decode(new, skip_special_tokens=True),
-        policy=handle.policy.name,
-        prompt_tokens=tokens,
+        policy=held.policy,
+        prompt_tokens=len(ids),
         new_tokens=len(new),
         prefill_seconds=first - start,
         decode_seconds=last - first - (compiling or 0),
         compile_seconds=compiling,
-        bytes=report.bytes,
+        bytes=held.bytes,
     )
 
 
-def encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
-    """Token ids and mask of one prompt, [1, N].
+def check_context(model: Any, tokens: int, new_tokens: int) -> None:
+    """Raise ThinkKVError where a prompt and what is to follow do not fit the model's context."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and tokens + new_tokens > limit:
+        raise ThinkKVError(
+            f"{tokens} prompt tokens and {new_tokens} new ones exceed the model's context of {limit} - "
+            "shorten the prompt or lower --max-new-tokens"
+        )
+
+
+def encode(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+    """Token ids of one prompt.
 
     Raises:
-        ThinkKVError: it has no tokens.
+        ThinkKVError: it has none.
     """
     if chat and getattr(tokenizer, "chat_template", None):
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
         )
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs.pop("token_type_ids", None)
-    if inputs["input_ids"].numel() == 0:
+        ids = tokenizer(prompt).input_ids
+    if not ids:
         raise ThinkKVError("the prompt has no tokens - give it some text")
-    return inputs
+    return ids

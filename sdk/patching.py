@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType, TracebackType
@@ -40,6 +40,7 @@ from thinkkv.sdk.policies import CacheDtype, Full, Policy, policy_named
 from thinkkv.sdk.profile import HeadProfile
 from thinkkv.sdk.rehearsal import rehearse
 from thinkkv.sdk.report import Report, report
+from thinkkv.sdk.saved_cache import load_cache, save_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,6 +154,29 @@ class PatchHandle:
     def new_cache(self) -> HeterogeneousCache:
         """An empty cache, to be passed as ``past_key_values`` and kept over several turns."""
         cache = HeterogeneousCache(self.compression)
+        self._latest, self._snapshot = weakref.ref(cache), None
+        return cache
+
+    def save_cache(self, path: str | Path, cache: HeterogeneousCache, about: Mapping[str, Any] | None = None) -> Path:
+        """Write a filled cache to a file, to go on with it later: ``thinkkv.sdk.saved_cache``.
+
+        Args:
+            path: of the file, which is written whole or not at all.
+            cache: of this model; it goes on as before.
+            about: JSON of the caller's own, which ``saved_cache.about_cache`` gives back.
+
+        Raises:
+            SavedCacheError: there is nothing to save, or no place for it.
+        """
+        return save_cache(cache, path, self._model, about)
+
+    def load_cache(self, path: str | Path) -> HeterogeneousCache:
+        """A cache that was saved, with the policy, the budget and the dtype that it had; whatever this patch has.
+
+        Raises:
+            SavedCacheError: there is none, or it is damaged or of another model.
+        """
+        cache = load_cache(path, self._model)
         self._latest, self._snapshot = weakref.ref(cache), None
         return cache
 

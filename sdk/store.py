@@ -128,13 +128,25 @@ class LayerStore:
             next_positions: [R] int32, by row index: position that the row's next token will have.
             stored: dtypes of the entries of keys and values (``kernels/entries.py``); None: the model's.
         """
-        self.operations = row_operations(keys.device)
-        self.traced = row_operations(keys.device, traced=True)
-        self.dtype = keys.dtype
+        self._serve(keys.device, keys.dtype)
         key_dtype, value_dtype = stored or (self.dtype, self.dtype)
         like = entries_of(keys[:, :0], key_dtype), entries_of(values[:, :0], value_dtype)
         self._lay_out(like, [row.positions for row in kept], [row.limit for row in kept], next_positions)
         self.operations.compact(self.arena, keys, values, [row.entries for row in kept])
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Row], next_positions: torch.Tensor, dtype: torch.dtype) -> LayerStore:
+        """A store of rows as another one had them.
+
+        Args:
+            rows: all of a layer, by row index, one at least; copied.
+            next_positions: [R] int32: position that the row's next token will have.
+            dtype: of the model.
+        """
+        store = cls.__new__(cls)
+        store._serve(next_positions.device, dtype)
+        store._rebuild(rows, next_positions)
+        return store
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append new tokens to every row, in place.
@@ -238,6 +250,12 @@ class LayerStore:
         """[R] int32, by row index: position of the next token."""
         return torch.cat([group.next_position() for group in self.groups])[self.arena.places].to(torch.int32)
 
+    def _serve(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Choose the operations of the device."""
+        self.operations = row_operations(device)
+        self.traced = row_operations(device, traced=True)
+        self.dtype = dtype
+
     def _lay_out(
         self,
         like: tuple[torch.Tensor, torch.Tensor],
@@ -267,7 +285,7 @@ class LayerStore:
 
     def _rebuild(self, rows: Sequence[Row], next_positions: torch.Tensor) -> None:
         """Store other rows instead, given by row index."""
-        like = self.arena.keys, self.arena.values
+        like = rows[0].keys, rows[0].values
         self._lay_out(like, [row.positions for row in rows], [row.limit for row in rows], next_positions)
         for block in self.arena.blocks:
             for place, index in enumerate(block.index):

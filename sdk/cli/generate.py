@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
-from thinkkv.sdk.cli.console import console, print_json
+from thinkkv.sdk.cli.console import console, print_json, progress
 from thinkkv.sdk.cli.loading import load
 from thinkkv.sdk.cli.options import (
     budget_options,
@@ -22,13 +23,24 @@ from thinkkv.sdk.cli.text import echo, prompt_options, prompt_text, show_bytes
 if TYPE_CHECKING:
     from thinkkv.sdk.generate_text import Generated
 
+IDLE = {
+    "save_cache": ({"load_cache", "compiled", "max_new_tokens", "temperature"}, "it generates nothing"),
+    "load_cache": (
+        {"policy", "ratio", "budget", "profile", "decode", "cache_dtype", "raw"},
+        "the file says what is kept, and how a question is put",
+    ),
+}
+"""Options that have no say beside one of these, and why."""
+
 
 @click.command(
     epilog="""\b
 Examples:
   thinkkv generate --model smollm2-135m --prompt "Why is the sky blue?"
   thinkkv generate --model smollm2-135m --policy full --prompt-file report.txt --json
-  cat report.txt | thinkkv generate            (model and profile of the newest `thinkkv patch`)"""
+  cat report.txt | thinkkv generate            (model and profile of the newest `thinkkv patch`)
+  thinkkv generate --prompt-file report.txt --save-cache report.safetensors
+  thinkkv generate --load-cache report.safetensors --prompt 'Who wrote it?'"""
 )
 @click.option(
     "--model",
@@ -59,13 +71,27 @@ Examples:
 )
 @prompt_options
 @click.option(
+    "--save-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Read the prompt, write its compressed cache to FILE, and generate nothing.",
+)
+@click.option(
+    "--load-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Answer the prompt as a question about the text whose cache is in FILE.",
+)
+@click.option(
     "--temperature",
     type=click.FloatRange(min=0, min_open=True),
     help="Sample at this temperature.  [default: greedy]",
 )
 @dtype_option
 @json_option
+@click.pass_context
 def generate(
+    context: click.Context,
     model: str | None,
     profile: Path | None,
     policy: str | None,
@@ -77,6 +103,8 @@ def generate(
     prompt: str | None,
     prompt_file: Path | None,
     max_new_tokens: int,
+    save_cache: Path | None,
+    load_cache: Path | None,
     temperature: float | None,
     raw: bool,
     dtype: str | None,
@@ -85,37 +113,66 @@ def generate(
     """Generate text with a heterogeneous cache.
 
     The prompt comes from --prompt, --prompt-file or standard input. A checkpoint that `thinkkv export` wrote brings
-    its own policy, budget and profile.
+    its own policy, budget and profile. A text that is asked about more than once need be read once only: --save-cache,
+    then --load-cache with each question.
     """
     check_budget(ratio, budget)
+    _check_given(context)
     text = prompt_text(prompt, prompt_file)
+    answering: dict[str, Any] = {"compiled": compiled, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    if load_cache is not None:
+        _ask(load_cache, text, model, dtype, as_json, **answering)
+        return
     if model is None:
         model, profile, policy, ratio, budget = _newest(profile, policy, ratio, budget)
     profile, policy, ratio, budget = _as_baked(model, profile, policy, ratio, budget)
+    patch: dict[str, Any] = {
+        "policy": policy, "ratio": ratio, "budget": budget, "profile": profile, "decode": decode,
+        "cache_dtype": cache_dtype,
+    }  # fmt: skip
+    if save_cache is not None:
+        _read(save_cache, text, model, dtype, as_json, raw, **patch)
+        return
     network, tokenizer = load(model, dtype)
     from thinkkv.sdk.generate_text import generate_text
 
-    done = generate_text(
-        network,
-        tokenizer,
-        text,
-        policy=policy,
-        ratio=ratio,
-        budget=budget,
-        profile=profile,
-        decode=decode,
-        cache_dtype=cache_dtype,
-        compiled=compiled,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        chat=not raw,
-        echo=None if as_json else echo,
-    )
+    heard = None if as_json else echo
+    _show(generate_text(network, tokenizer, text, chat=not raw, echo=heard, **patch, **answering), as_json)
+
+
+def _check_given(context: click.Context) -> None:
+    """Refuse options that have no say where a cache is saved or loaded."""
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    given = {name for name in options if context.get_parameter_source(str(name)) is ParameterSource.COMMANDLINE}
+    for name, (others, why) in IDLE.items():
+        if name in given and others & given:
+            idle = ", ".join(sorted(options[other] for other in others & given))
+            raise click.UsageError(f"{idle} cannot be given with {options[name]} - {why}")
+
+
+def _read(path: Path, text: str, model: str, dtype: str | None, as_json: bool, raw: bool, **patch: Any) -> None:
+    """Read a text, and keep its cache."""
+    network, tokenizer = load(model, dtype)
+    from thinkkv.sdk.saved_text import read_text
+
+    name = str(Path(model).absolute()) if Path(model).exists() else model
+    with progress("reading"):
+        done = read_text(network, tokenizer, text, path, name=name, chat=not raw, **patch)
     if as_json:
         print_json(done.as_json())
-    else:
-        echo("\n")
-    _show(done)
+    console.print(
+        f"{done.policy}: {done.prompt_tokens} prompt tokens, {done.file_bytes:,} bytes in {path}", highlight=False
+    )
+    show_bytes(vars(done.bytes))
+
+
+def _ask(path: Path, question: str, model: str | None, dtype: str | None, as_json: bool, **answering: Any) -> None:
+    """Answer a question about a text whose cache was kept."""
+    from thinkkv.sdk.saved_text import SavedText, ask
+
+    saved = SavedText.of(path)
+    network, tokenizer = load(model or saved.model, dtype or saved.dtype)
+    _show(ask(network, tokenizer, question, path, echo=None if as_json else echo, **answering), as_json)
 
 
 def _newest(
@@ -152,8 +209,12 @@ def _as_baked(
     return profile, policy, ratio, budget
 
 
-def _show(done: Generated) -> None:
-    """Speeds and bytes, on stderr."""
+def _show(done: Generated, as_json: bool) -> None:
+    """The end of the text, or the object, on stdout; speeds and bytes on stderr."""
+    if as_json:
+        print_json(done.as_json())
+    else:
+        echo("\n")
     prefill = done.prompt_tokens / max(done.prefill_seconds, 1e-9)
     decode = f" at {done.tokens_per_second:.1f}/s" if done.tokens_per_second else ""
     compiling = f", compiled in {done.compile_seconds:.0f} s" if done.compile_seconds else ""

@@ -41,6 +41,12 @@ class Conversation:
         """[B, all tokens, vocabulary] logits of several chunks, one after the other."""
         return torch.cat([self.feed(chunk) for chunk in chunks], dim=1)
 
+    def on(self, cache: Any) -> Conversation:
+        """The same conversation, which goes on with another cache."""
+        other = Conversation(self._model, cache)
+        other._mask = self._mask.clone()
+        return other
+
     def crop(self, tokens: int) -> None:
         """Forget the newest tokens."""
         self.cache.crop(-tokens)
