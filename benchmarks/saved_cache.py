@@ -38,7 +38,7 @@ def main() -> None:
     text = (PROMPTS / "demo.txt").read_text(encoding="utf-8")
     questions = json.loads((PROMPTS / "demo_questions.json").read_text(encoding="utf-8"))
     if options.quick:
-        text, questions = text[:3000], questions[:2]
+        text, questions = text[:1500], questions[:1]
     rows = [_saved(model, tokenizer, text, questions, name, options) for name in options.policies.split(",")]
     rows.append(_read_again(model, tokenizer, text, questions[: options.again]))
     for row in rows:
@@ -97,7 +97,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--policies", default=POLICIES)
     parser.add_argument("--ratio", type=float, default=0.15)
     parser.add_argument("--again", type=int, default=4, help="questions that are asked by reading the text again")
-    parser.add_argument("--quick", action="store_true", help="a look: a sixth of the text, two questions")
+    parser.add_argument("--quick", action="store_true", help="a look: the beginning of the text, one question")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.quick:

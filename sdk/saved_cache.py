@@ -199,6 +199,7 @@ def _tensors(layer: HeterogeneousLayer) -> Tensors:
         "values": torch.cat([row.values for row in rows]),
         "positions": torch.cat([row.positions for row in rows]),
         "lengths": torch.tensor([len(row.positions) for row in rows]),
+        "croppable": torch.tensor(layer.croppable),
         "limits": torch.tensor([NO_LIMIT if row.limit is None else row.limit for row in rows]),
         "next_positions": layer.store.next_positions(),
     }
@@ -206,7 +207,7 @@ def _tensors(layer: HeterogeneousLayer) -> Tensors:
     if in_window:
         found["in_window"] = torch.cat(in_window)
     queries = layer.recent_queries.newest()
-    return found if queries is None else found | {"recent_queries": queries}
+    return found if queries is None else found | {"recent_queries": queries.contiguous()}
 
 
 def _read(file: Any, layer: int) -> Tensors:
@@ -221,7 +222,8 @@ def _fill(layer: HeterogeneousLayer, tensors: Tensors, plans: list[dict[str, Any
     parts = [tensors[name].split(lengths) for name in ("keys", "values", "positions")]
     limits = [None if limit == NO_LIMIT else limit for limit in tensors["limits"].tolist()]
     rows = [Row(index, *row) for index, row in enumerate(zip(*parts, limits, strict=True))]
-    layer.store = LayerStore.of_rows(rows, tensors["next_positions"], layer.compression.dtype)
+    croppable = int(tensors["croppable"])
+    layer.store = LayerStore.of_rows(rows, tensors["next_positions"], layer.compression.dtype, appended=croppable)
     layer.plans = tuple(SequencePlan(**_hashable(plan)) for plan in plans)
     if "in_window" in tensors:
         heads = iter(tensors["in_window"].split([kept for plan in layer.plans for kept in plan.kept_per_head]))

@@ -135,17 +135,23 @@ class LayerStore:
         self.operations.compact(self.arena, keys, values, [row.entries for row in kept])
 
     @classmethod
-    def of_rows(cls, rows: Sequence[Row], next_positions: torch.Tensor, dtype: torch.dtype) -> LayerStore:
+    def of_rows(
+        cls, rows: Sequence[Row], next_positions: torch.Tensor, dtype: torch.dtype, *, appended: int
+    ) -> LayerStore:
         """A store of rows as another one had them.
 
         Args:
             rows: all of a layer, by row index, one at least; copied.
             next_positions: [R] int32: position that the row's next token will have.
             dtype: of the model.
+            appended: so many of the last entries of every row follow on without gaps, and may be forgotten.
         """
         store = cls.__new__(cls)
         store._serve(next_positions.device, dtype)
         store._rebuild(rows, next_positions)
+        for group in store.groups:
+            group.placed = group.placed[:, : group.length - appended].contiguous()
+            group.next_placed = group.next_placed - appended
         return store
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:

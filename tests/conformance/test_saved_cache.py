@@ -42,24 +42,33 @@ def test_it_goes_on_where_it_was_saved(data: st.DataObject) -> None:
     before = random_tokens(rows, 3, seed=1) if data.draw(st.booleans()) else []
     widths = data.draw(st.lists(st.integers(0, 9), min_size=rows, max_size=rows))
     after = [*random_tokens(rows, 3, seed=2), random_chunk(widths, width=9, seed=3), *random_tokens(rows, 2, seed=4)]
-    check_against_unsaved(case, before, after, policy=policy, ratio=0.5)
+    forgotten = data.draw(st.sampled_from([0, 0, 1, 2]))
+    check_against_unsaved(case, before, after, forgotten=forgotten, policy=policy, ratio=0.5)
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2-mixed"])
 def test_bounded_rows_are_cut_back_by_the_queries_of_before(variant: str) -> None:
     case = Case(variant, kv_heads=2, lengths=(63, 41))
-    before, after = random_tokens(2, bounded.SEGMENT - 4, seed=1), random_tokens(2, bounded.SEGMENT + 4, seed=2)
+    before = [random_chunk((30, 30), seed=1), *random_tokens(2, bounded.SEGMENT - 34, seed=2)]
+    after = random_tokens(2, bounded.SEGMENT + 4, seed=3)
     check_against_unsaved(case, before, after, policy=small_policy("task-kv", 2), ratio=0.5, decode="bounded")
 
 
-def check_against_unsaved(case: Case, before: Sequence[Batch], after: Sequence[Batch], **patch: Any) -> None:
-    """Of two caches that have read the same, one goes on from a file."""
+def check_against_unsaved(
+    case: Case, before: Sequence[Batch], after: Sequence[Batch], *, forgotten: int = 0, **patch: Any
+) -> None:
+    """Of two caches that have read the same, one goes on from a file, perhaps with its last tokens forgotten."""
     with sdk.apply(case.model(), **patch) as handle:
         straight = Conversation(case.model(), handle.new_cache())
         straight.feed_all([case.batch(), *before])
         with tempfile.TemporaryDirectory() as folder:
             path = handle.save_cache(Path(folder, "text.safetensors"), straight.cache)
             resumed = straight.on(handle.load_cache(path))
+        croppable = [min(layer.croppable for layer in one.cache.layers) for one in (resumed, straight)]
+        assert croppable[0] == croppable[1]
+        if forgotten := min(forgotten, croppable[0]):
+            straight.crop(forgotten)
+            resumed.crop(forgotten)
         assert resumed.cache.kept_positions() == straight.cache.kept_positions()
         assert without_spare(handle.report(resumed.cache)) == without_spare(handle.report(straight.cache))
         assert torch.equal(resumed.feed_all(after), straight.feed_all(after))
