@@ -120,18 +120,21 @@ def attend_again(
             own = query[sequence, queries][:, mine].float()
             attended, *noted = _attend(own, both[0], both[1], prompt.scale, window, counted_from)
             out[sequence, queries, mine] = attended.to(out.dtype)
-            most[sequence, head, old], total[sequence, head, old] = (n[: prompt.lengths[sequence]] for n in noted)
+            most[sequence, head, old], total[sequence, head, old] = noted
     return out, most, total
 
 
 def _attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None, counted_from: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[G, Q, D] attention of the last Q of T tokens, causal, within the window; [T] the most and all of the counted."""
+    """[G, Q, D] attention of the last Q of T tokens, causal, in the window; [T - Q] the most and all of the counted.
+
+    Attention of the Q tokens to one another is not noted.
+    """
     group, length, dim = query.shape
     before = len(keys) - length
     out, scaled = torch.empty_like(query), query * scale
-    most, total = torch.zeros(2, len(keys), device=keys.device)
+    most, total = torch.zeros(2, before, device=keys.device)
     # Asked for once: of all that a block costs, memory that is new to the process is a good part.
     room = keys.new_empty(2, group * min(QUERIES, length) * len(keys))
     for start in range(0, length, QUERIES):
@@ -147,8 +150,8 @@ def _attend(
             scores.masked_fill_(position[-new:, None] - position >= window, float("-inf"))
         torch.softmax(scores, dim=-1, out=weights)
         out[:, start : start + new] = weights @ values[:seen]
-        counted = weights[:, max(0, counted_from - start) :]
+        counted = weights[:, max(0, counted_from - start) :, :before]
         if counted.shape[1]:
-            most[:seen] = torch.maximum(most[:seen], counted.amax(dim=(0, 1)))
-            total[:seen] += counted.sum(dim=(0, 1))
+            most = torch.maximum(most, counted.amax(dim=(0, 1)))
+            total += counted.sum(dim=(0, 1))
     return out, most, total
