@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -89,6 +90,14 @@ def save_cache(
     except (OSError, SafetensorError) as error:
         raise SavedCacheError(f"cannot write {path} ({_reason(error)}) - choose another place") from error
     return path
+
+
+def check_place(path: str | Path) -> None:
+    """Raise SavedCacheError where no file can be written, before any work is done for it."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "is not writable" if folder.is_dir() else "is no folder"
+        raise SavedCacheError(f"cannot write {path}: {folder} {why} - choose another place")
 
 
 def load_cache(path: str | Path, model: nn.Module) -> HeterogeneousCache:

@@ -19,7 +19,7 @@ from thinkkv.patches.errors import SavedCacheError
 from thinkkv.sdk.generate_text import Generated, answer, check_context, encode
 from thinkkv.sdk.patching import apply
 from thinkkv.sdk.report import Bytes, report
-from thinkkv.sdk.saved_cache import about_cache
+from thinkkv.sdk.saved_cache import about_cache, check_place
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ def read_text(model: Any, tokenizer: Any, text: str, path: Path, *, name: str, c
         ThinkKVError: the text has no tokens, or does not fit the model's context.
         SavedCacheError: the file cannot be written.
     """
+    check_place(path)
     ids = _beginning(tokenizer, text, chat)
     check_context(model, len(ids), 1)
     inputs = torch.tensor([ids], device=model.device)

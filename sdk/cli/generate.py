@@ -152,9 +152,11 @@ def _check_given(context: click.Context) -> None:
 
 def _read(path: Path, text: str, model: str, dtype: str | None, as_json: bool, raw: bool, **patch: Any) -> None:
     """Read a text, and keep its cache."""
-    network, tokenizer = load(model, dtype)
+    from thinkkv.sdk.saved_cache import check_place
     from thinkkv.sdk.saved_text import read_text
 
+    check_place(path)
+    network, tokenizer = load(model, dtype)
     name = str(Path(model).absolute()) if Path(model).exists() else model
     with progress("reading"):
         done = read_text(network, tokenizer, text, path, name=name, chat=not raw, **patch)

@@ -154,7 +154,10 @@ def test_text_and_question_beyond_the_context_are_refused(thinkkv: Any, checkpoi
     assert not Path("long.kv").exists()
 
 
-def test_an_unwritable_place_is_named(thinkkv: Any, checkpoint: Path) -> None:
+def test_an_unwritable_place_is_named_before_anything_is_read(
+    thinkkv: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("thinkkv.sdk.models.load", lambda *args, **options: pytest.fail("the model was loaded"))
     done = thinkkv("generate", "--model", checkpoint, "--prompt", TEXT, "--save-cache", "no/folder/text.kv")
     assert done.code == 1
     assert "no/folder/text.kv" in done.error
