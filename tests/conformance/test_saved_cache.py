@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,17 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from tests.conformance.decoding import Conversation, random_chunk, random_tokens
 from tests.conformance.small_policies import NAMES, small_policy
+from tests.saved_files import rewrite
 from tests.tiny_models import KV_HEADS, VARIANTS, Batch, Case, new_model
 from thinkkv import sdk
 from thinkkv.patches.errors import SavedCacheError
 from thinkkv.sdk import bounded
 from thinkkv.sdk.policies import SnapKV
-from thinkkv.sdk.saved_cache import METADATA, about_cache
+from thinkkv.sdk.saved_cache import about_cache
 
 
 @given(data=st.data())
@@ -217,11 +215,3 @@ class TestRefusals:
                 handle.save_cache(saved, cache)
         assert saved.read_bytes() == content
         assert list(saved.parent.iterdir()) == [saved]
-
-
-def rewrite(path: Path, change: Any) -> None:
-    """Change the header of a saved cache."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        header = json.loads(file.metadata()[METADATA])
-    save_file(tensors, path, metadata={METADATA: json.dumps(change(header))})

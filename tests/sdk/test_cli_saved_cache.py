@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from tests.saved_files import rewrite
 from tests.tiny_models import new_model
 from thinkkv import sdk
-from thinkkv.sdk.saved_cache import METADATA
 
 TEXT = "the lamp of the harbour was lit by mira ost. " * 8
 QUESTION = "who lit the lamp?"
@@ -134,11 +131,11 @@ def test_a_cache_of_a_program_has_no_text(thinkkv: Any, checkpoint: Path, tmp_pa
 
 
 def test_a_question_that_does_not_follow_the_text_is_refused(thinkkv: Any, checkpoint: Path, saved: Path) -> None:
-    with safe_open(saved, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        header = json.loads(file.metadata()[METADATA])
-    header["about"]["ids"][3] += 1  # as another version of the tokenizer might have it
-    save_file(tensors, saved, metadata={METADATA: json.dumps(header)})
+    def other_ids(header: dict[str, Any]) -> dict[str, Any]:
+        header["about"]["ids"][3] += 1  # as another version of the tokenizer might have it
+        return header
+
+    rewrite(saved, other_ids)
     done = thinkkv("generate", "--load-cache", saved, "--prompt", QUESTION)
     assert done.code == 1
     assert "begin the question with a word" in done.error
