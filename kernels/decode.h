@@ -36,8 +36,8 @@ struct call {
     atomic_llong next;
 };
 
-/* How keys are stored whose values are stored so: those of int4 are int8. */
-INLINE enum type of_keys(enum type stored) { return stored == INT4 ? INT8 : stored; }
+/* How keys are stored whose values are stored so: those of int4 and int5 are int8. */
+INLINE enum type of_keys(enum type stored) { return is_turned(stored) ? INT8 : stored; }
 
 /* 2^r to float32's precision, |r| <= 1/2. */
 #define POWER(r)                                                                                                       \
@@ -164,10 +164,11 @@ INLINE void accumulate_lanes(float *sums, float (*weights)[TILE], const char *va
     }
 }
 
-/* Of int4 entries, whose bytes hold a number of the first half of the dimensions and one of the second. */
+/* Of int4 and int5 entries, whose bytes hold four bits of a number of the first half of the dimensions and of one of the
+   second; the fifth bits of int5 are behind them. */
 INLINE void accumulate_nibbles(float *sums, float (*weights)[TILE], const char *values, int count, int64_t dim,
-                               int heads, const char *soon, int64_t bytes) {
-    int64_t half = dim / 2, stride = entry_bytes(dim, INT4), step = bytes * LANES / half, d = 0;
+                               int heads, enum type stored, const char *soon, int64_t bytes) {
+    int64_t half = dim / 2, stride = entry_bytes(dim, stored), step = bytes * LANES / half, d = 0;
     for (; d + LANES <= half; d += LANES) {
         prefetch(soon + d / LANES * step, step);
         vec low[BLOCK], high[BLOCK], first, second;
@@ -176,7 +177,9 @@ INLINE void accumulate_nibbles(float *sums, float (*weights)[TILE], const char *
             high[h] = load((const char *)sums, h * dim + half + d, FLOAT32);
         }
         for (int t = 0; t < count; t++) {
-            load_nibbles(&first, &second, values + t * stride + d);
+            const char *entry = values + t * stride, *fifth = entry + half;
+            load_nibbles(&first, &second, entry + d);
+            if (stored == INT5) first += load_fifth_bits(fifth + d / 8), second += load_fifth_bits(fifth + (half + d) / 8);
             for (int h = 0; h < heads; h++) low[h] += first * weights[h][t], high[h] += second * weights[h][t];
         }
         for (int h = 0; h < heads; h++) {
@@ -203,7 +206,7 @@ INLINE void accumulate(float *sums, float (*weights)[TILE], const char *values, 
         return;
     }
 #endif
-    if (stored == INT4) accumulate_nibbles(sums, weights, values, count, dim, heads, soon, bytes);
+    if (is_turned(stored)) accumulate_nibbles(sums, weights, values, count, dim, heads, stored, soon, bytes);
     else accumulate_lanes(sums, weights, values, count, dim, heads, stored, soon, bytes);
 }
 
@@ -215,19 +218,20 @@ INLINE void scale_products(float (*scores)[TILE], const char *keys, int count, i
     }
 }
 
-/* ... and weights, before they meet values. int4 numbers are steps above the least of a value: these are added. */
+/* ... and weights, before they meet values. int4 and int5 numbers are steps above the least of a
+   value: these are added. */
 INLINE void scale_weights(float *sums, float (*weights)[TILE], const char *values, int count, int64_t dim, int heads,
                           enum type stored) {
     float least[BLOCK] = {0};
     for (int t = 0; t < count; t++) {
-        const char *numbers = values + t * entry_bytes(dim, stored), *behind = numbers + (stored == INT4 ? dim / 2 : dim);
-        float scale = load_one(behind, 0, stored == INT4 ? FLOAT16 : FLOAT32);
+        const char *behind = values + (t + 1) * entry_bytes(dim, stored) - SCALE_BYTES;
+        float scale = load_one(behind, 0, is_turned(stored) ? FLOAT16 : FLOAT32);
         for (int h = 0; h < heads; h++) {
-            if (stored == INT4) least[h] += weights[h][t] * load_one(behind, 1, FLOAT16);
+            if (is_turned(stored)) least[h] += weights[h][t] * load_one(behind, 1, FLOAT16);
             weights[h][t] *= scale;
         }
     }
-    for (int h = 0; h < heads && stored == INT4; h++)
+    for (int h = 0; h < heads && is_turned(stored); h++)
         for (int64_t d = 0; d < dim; d++) sums[h * dim + d] += least[h];
 }
 
@@ -304,7 +308,7 @@ static void merge(const struct call *call, const struct row *row) {
             for (int64_t d = 0; d < dim; d++) sums[d] += weight * call->sums[(i * group + h) * dim + d];
         }
         for (int64_t d = 0; d < dim; d++) sums[d] = row->count ? sums[d] / total : 0;
-        if (call->stored == INT4) turn(sums, dim);
+        if (is_turned(call->stored)) turn(sums, dim);
         for (int64_t d = 0; d < dim; d++) store(call->out, out + d, sums[d], call->type);
     }
 }
@@ -318,7 +322,8 @@ static void work(void *data) {
         case BFLOAT16: attend_part(call, task, BFLOAT16); break;
         case FLOAT16: attend_part(call, task, FLOAT16); break;
         case INT8: attend_part(call, task, INT8); break;
-        default: attend_part(call, task, INT4);
+        case INT4: attend_part(call, task, INT4); break;
+        default: attend_part(call, task, INT5);
         }
         struct row *row = call->rows + call->row_of[task];
         if (atomic_fetch_sub(&row->open, 1) == 1) merge(call, row);

@@ -20,8 +20,8 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-enum type { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
-#define SCALE_BYTES 4 /* behind the numbers of a small entry, see entries.py; nothing else is int8 or int4 */
+enum type { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, INT5 };
+#define SCALE_BYTES 4 /* behind the numbers of a small entry, see entries.py; nothing else is INT8, INT4 or INT5 */
 
 /* What the left side of `products` is in: bfloat16 where the processor multiplies pairs of it and sums in float32. */
 #ifdef __AVX512BF16__
@@ -56,9 +56,16 @@ INLINE size_t size_of(enum type type) { return type == FLOAT32 ? 4 : type == INT
 
 /* Of one token's key, or value, in one KV head. */
 INLINE int64_t entry_bytes(int64_t dim, enum type stored) {
-    if (stored == INT8) return dim + SCALE_BYTES;
-    return stored == INT4 ? dim / 2 + SCALE_BYTES : dim * (int64_t)size_of(stored);
+    switch (stored) {
+    case INT8: return dim + SCALE_BYTES;
+    case INT5: return dim / 2 + dim / 8 + SCALE_BYTES;
+    case INT4: return dim / 2 + SCALE_BYTES;
+    default: return dim * (int64_t)size_of(stored);
+    }
 }
+
+/* Whether entries are of turned states, with a step and a least number. */
+INLINE int is_turned(enum type stored) { return stored == INT4 || stored == INT5; }
 
 /* LANES small integers. */
 INLINE vec load_bytes(const char *base) {
@@ -102,6 +109,13 @@ INLINE void load_nibbles(vec *low, vec *high, const char *base) {
     ints wide = __builtin_convertvector(packed, ints);
 #endif
     *low = __builtin_convertvector(wide & 15, vec), *high = __builtin_convertvector(wide >> 4, vec);
+}
+
+/* 16 for each of LANES bits that is set, the first number's the lowest; otherwise 0. */
+INLINE vec load_fifth_bits(const char *base) {
+    const ints places = {1, 2, 4, 8, 16, 32, 64, 128}, sixteen = (ints)((vec){0} + 16);
+    ints bits = (ints){0} + *(const uint8_t *)base;
+    return (vec)(((bits & places) != 0) & sixteen);
 }
 
 INLINE float load_one(const char *base, int64_t i, enum type type) {

@@ -8,8 +8,9 @@ from typing import Literal
 
 import torch
 
-from thinkkv.kernels.entries import entry_bytes
+from thinkkv.kernels.entries import entry_bytes, multiple_of
 from thinkkv.patches.architecture import LayerShape
+from thinkkv.patches.errors import BudgetError
 from thinkkv.sdk.budget import Budget, LayerBudget, LayerPrompt, check_smallest, even_layers, everything
 from thinkkv.sdk.policies import Full, Policy
 
@@ -25,6 +26,9 @@ class Compression:
         decode: ``append`` keeps every generated token in every head (the paper); ``bounded`` cuts the heads that are
             not heterogeneous back to their size after the prompt (ours).
         dtype: of the model, in whose bytes a ratio is counted.
+
+    Raises:
+        BudgetError: heads of such a size cannot be stored as the policy says.
     """
 
     policy: Policy
@@ -32,6 +36,15 @@ class Compression:
     shapes: tuple[LayerShape, ...]
     decode: Literal["append", "bounded"] = "append"
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        unit = max((multiple_of(stored) for stored in self.policy.stored or ()), default=1)
+        for shape in self.shapes:
+            if shape.head_dim % unit:
+                raise BudgetError(
+                    f"cache dtype {self.policy.cache_dtype} needs head dimensions that are multiples of {unit}, "
+                    f"this model's is {shape.head_dim} - choose another"
+                )
 
     @property
     def budget_of_entries(self) -> Budget:

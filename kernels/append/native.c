@@ -3,7 +3,6 @@
 #include "../vectors.h"
 
 #define LARGEST 127
-#define STEPS 15
 #define SMALLEST_STEP 0x1p-24f
 #define MAX_DIM 256
 #define TINY 1.17549435e-38f /* so that zeros are divided by something */
@@ -23,23 +22,28 @@ INLINE void quantize_int8(char *entry, const float *wide, int64_t dim) {
     memcpy(entry + dim, &scale, sizeof scale);
 }
 
-INLINE int to_nibble(float steps) {
+INLINE int to_integer(float steps, int most) {
     steps = rintf(steps);
-    return steps > STEPS ? STEPS : steps > 0 ? (int)steps : 0;
+    return steps > most ? most : steps > 0 ? (int)steps : 0;
 }
 
-INLINE void quantize_int4(char *entry, float *wide, int64_t dim) {
-    int64_t half = dim / 2;
+INLINE void quantize_turned(char *entry, float *wide, int64_t dim, enum type stored) {
+    int64_t half = dim / 2, steps = stored == INT5 ? 31 : 15;
+    char *behind = entry + entry_bytes(dim, stored) - SCALE_BYTES;
+    int numbers[MAX_DIM];
     turn(wide, dim);
     float least = wide[0], most = wide[0], step;
     for (int64_t d = 0; d < dim; d++) least = wide[d] < least ? wide[d] : least, most = wide[d] > most ? wide[d] : most;
-    store(entry + half, 1, is_odd(wide, dim) ? NAN : least, FLOAT16);
-    least = load_one(entry + half, 1, FLOAT16); /* as it will be read */
-    step = (most - least) / STEPS;
-    store(entry + half, 0, step < SMALLEST_STEP ? SMALLEST_STEP : step, FLOAT16);
-    step = load_one(entry + half, 0, FLOAT16);
-    for (int64_t d = 0; d < half; d++)
-        entry[d] = (char)(to_nibble((wide[d] - least) / step) | to_nibble((wide[half + d] - least) / step) << 4);
+    store(behind, 1, is_odd(wide, dim) ? NAN : least, FLOAT16);
+    least = load_one(behind, 1, FLOAT16); /* as it will be read */
+    step = (most - least) / steps;
+    store(behind, 0, step < SMALLEST_STEP ? SMALLEST_STEP : step, FLOAT16);
+    step = load_one(behind, 0, FLOAT16);
+    for (int64_t d = 0; d < dim; d++) numbers[d] = to_integer((wide[d] - least) / step, steps);
+    for (int64_t d = 0; d < half; d++) entry[d] = (char)((numbers[d] & 15) | (numbers[half + d] & 15) << 4);
+    if (stored == INT4) return;
+    memset(entry + half, 0, dim / 8);
+    for (int64_t d = 0; d < dim; d++) entry[half + d / 8] |= (char)(numbers[d] >> 4 << d % 8);
 }
 
 INLINE void append_rows(char *entries, const char *states, int64_t stride, const int64_t *offsets,
@@ -53,17 +57,21 @@ INLINE void append_rows(char *entries, const char *states, int64_t stride, const
             memcpy(wide + d, &x, sizeof x);
         }
         if (stored == INT8) quantize_int8(entry, wide, dim);
-        else quantize_int4(entry, wide, dim);
+        else quantize_turned(entry, wide, dim, stored);
     }
 }
 
-/* `states`: [rows, dim] of `type`, rows `stride` numbers apart; `stored`: INT8 or INT4. */
+/* `states`: [rows, dim] of `type`, rows `stride` numbers apart; `stored`: INT8, INT4 or INT5. */
 void append(char *entries, const char *states, int64_t stride, const int64_t *offsets, const int32_t *lengths,
             int64_t rows, int64_t dim, int type, int stored) {
 #define APPEND(type, stored) append_rows(entries, states, stride, offsets, lengths, rows, dim, type, stored)
-    switch (type) { /* constants, for which the compiler makes code of its own */
-    case FLOAT32: stored == INT8 ? APPEND(FLOAT32, INT8) : APPEND(FLOAT32, INT4); break;
-    case BFLOAT16: stored == INT8 ? APPEND(BFLOAT16, INT8) : APPEND(BFLOAT16, INT4); break;
-    default: stored == INT8 ? APPEND(FLOAT16, INT8) : APPEND(FLOAT16, INT4);
+#define APPEND_AS(stored)                                                                                              \
+    switch (type) { /* constants, for which the compiler makes code of its own */                                      \
+    case FLOAT32: APPEND(FLOAT32, stored); break;                                                                      \
+    case BFLOAT16: APPEND(BFLOAT16, stored); break;                                                                    \
+    default: APPEND(FLOAT16, stored);                                                                                  \
     }
+    if (stored == INT8) APPEND_AS(INT8)
+    else if (stored == INT4) APPEND_AS(INT4)
+    else APPEND_AS(INT5)
 }

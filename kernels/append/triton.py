@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from thinkkv.kernels.entries import BITS, is_turned
 from thinkkv.kernels.hadamard_triton import turned
-from thinkkv.kernels.variant import SMALL_FORMS, Variant
+from thinkkv.kernels.variant import SMALL_FORMS, VALUE_BITS, Variant
 
 BLOCK_TOKENS = 16
 """Tokens that a program copies at once; a decode step has one."""
@@ -41,7 +42,7 @@ def store_entries(
 
 
 @triton.jit
-def store_int4_entries(
+def store_turned_entries(
     p_entries: tl.tensor,
     o_entry: tl.tensor,
     b_states: tl.tensor,
@@ -50,27 +51,39 @@ def store_int4_entries(
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BITS: tl.constexpr,
 ) -> None:
-    """[BLOCK_T, PADDED_DIM] states, zeros beyond DIM, as int4 entries (``thinkkv.kernels.entries``)."""
+    """[BLOCK_T, PADDED_DIM] states, zeros beyond DIM, as int4 or int5 entries (``thinkkv.kernels.entries``)."""
     HALF: tl.constexpr = DIM // 2
+    STEPS: tl.constexpr = 2**BITS - 1
+    NUMBERS: tl.constexpr = DIM * BITS // 8  # bytes
     b_states = turned(b_states.to(tl.float32), BLOCK_T, DIM, PADDED_DIM)
     # [BLOCK_T]
     b_least = tl.min(tl.where(m_tile, b_states, float("inf")), axis=1)
     b_most = tl.max(tl.where(m_tile, b_states, float("-inf")), axis=1)
     b_least += tl.sum(b_states * 0.0, axis=1)  # what is no number is not hidden
     b_least = b_least.to(tl.float16)
-    b_step = tl.maximum((b_most - b_least.to(tl.float32)) / 15, 5.960464477539063e-08).to(tl.float16)
+    b_step = tl.maximum((b_most - b_least.to(tl.float32)) / STEPS, 5.960464477539063e-08).to(tl.float16)
     # [BLOCK_T, PADDED_DIM]
     b_steps = tl.div_rn(b_states - b_least.to(tl.float32)[:, None], b_step.to(tl.float32)[:, None])
     b_steps = (b_steps + 12582912.0) - 12582912.0  # rounds as above
-    b_numbers = tl.minimum(tl.maximum(b_steps, 0.0), 15.0).to(tl.uint8)
+    b_numbers = tl.minimum(tl.maximum(b_steps, 0.0), STEPS).to(tl.uint8)
     # [BLOCK_T, PADDED_DIM / 2]
     o_byte = tl.arange(0, PADDED_DIM // 2)
     o_low = tl.broadcast_to(tl.minimum(o_byte, HALF - 1)[None, :], [BLOCK_T, PADDED_DIM // 2])
-    b_bytes = tl.gather(b_numbers, o_low, axis=1) | (tl.gather(b_numbers, o_low + HALF, axis=1) << 4)
-    p_bytes = p_entries + (o_entry * (HALF + 4))[:, None] + o_byte[None, :]
-    tl.store(p_bytes, b_bytes, mask=m_entry[:, None] & (o_byte < HALF)[None, :])
-    p_scales = (p_entries + o_entry * (HALF + 4) + HALF).to(tl.pointer_type(tl.float16))
+    b_bytes = (tl.gather(b_numbers, o_low, axis=1) & 15) | (tl.gather(b_numbers, o_low + HALF, axis=1) << 4)
+    p_entry = p_entries.to(tl.pointer_type(tl.uint8)) + o_entry * (NUMBERS + 4)
+    tl.store(p_entry[:, None] + o_byte[None, :], b_bytes, mask=m_entry[:, None] & (o_byte < HALF)[None, :])
+    if BITS == 5:
+        # Bits of neighbours, then of pairs, then of fours come together in a byte.
+        b_fifth = b_numbers >> 4
+        for stage in tl.static_range(3):
+            b_even, b_odd = tl.split(tl.reshape(b_fifth, [BLOCK_T, PADDED_DIM >> (stage + 1), 2]))
+            b_fifth = b_even | (b_odd << (1 << stage))
+        o_eight = tl.arange(0, PADDED_DIM // 8)
+        m_eight = m_entry[:, None] & (o_eight < DIM // 8)[None, :]
+        tl.store(p_entry[:, None] + HALF + o_eight[None, :], b_fifth, mask=m_eight)
+    p_scales = (p_entry + NUMBERS).to(tl.pointer_type(tl.float16))
     tl.store(p_scales, b_step, mask=m_entry)
     tl.store(p_scales + 1, b_least, mask=m_entry)
 
@@ -95,7 +108,7 @@ def append_rows(
     PADDED_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     QUANTIZED: tl.constexpr,
-    INT4_VALUES: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
 ) -> None:
     i_row = tl.program_id(0).to(tl.int64)
     entry = tl.load(p_offsets + i_row)
@@ -126,8 +139,10 @@ def append_rows(
         store_entries(p_keys, entry + o_slot, o_d, b_keys, m_tile, m_token, DIM, QUANTIZED)
         o_values = i_row * stride_value_row + o_token * stride_value_token
         b_values = tl.load(p_new_values + o_values[:, None] + o_d[None, :], mask=m_tile, other=0.0)
-        if INT4_VALUES:
-            store_int4_entries(p_values, entry + o_slot, b_values, m_tile, m_token, DIM, PADDED_DIM, BLOCK_T)
+        if VALUE_BITS < 8:
+            store_turned_entries(
+                p_values, entry + o_slot, b_values, m_tile, m_token, DIM, PADDED_DIM, BLOCK_T, VALUE_BITS
+            )
         else:
             store_entries(p_values, entry + o_slot, o_d, b_values, m_tile, m_token, DIM, QUANTIZED)
     tl.store(p_lengths + i_row, length + count)
@@ -152,7 +167,7 @@ def append(
 
     Args:
         new_keys, new_values: [R, Q, D], any strides.
-        arena_keys, arena_values: [S, D] contiguous, a layer's storage, written; int8, uint8: as small entries.
+        arena_keys, arena_values: [S, D] contiguous, a layer's storage, written; or small entries, of their dtypes.
         offsets: [R] int64, a row's first arena entry.
         lengths: [R] int32, tokens ever written to a row, raised; with a ring this may pass the row's entries.
         counts: [R] int32, how many of the Q tokens are real, the last ones (left padding); None: all.
@@ -181,8 +196,8 @@ def append(
         PADDED_DIM=triton.next_power_of_2(dim),
         BLOCK_T=block,
         QUANTIZED=arena_keys.dtype == torch.int8,
-        INT4_VALUES=arena_values.dtype == torch.uint8,
-        num_warps=warps(block, arena_values.dtype == torch.uint8),
+        VALUE_BITS=BITS.get(arena_values.dtype, 8),
+        num_warps=warps(block, is_turned(arena_values.dtype)),
         num_stages=1,
     )
 
@@ -198,7 +213,7 @@ def variants() -> list[Variant]:
         append_variant(dtype, dim, block, ring=ring, values=values)
         for dtype, dim in (("fp16", 64), ("fp16", 80), ("bf16", 128), ("fp32", 128), ("fp16", 256))
         for block in (1, BLOCK_TOKENS)
-        for ring, values in ((False, dtype), (True, dtype), (False, "i8"), (False, "u8"))
+        for ring, values in ((False, dtype), (True, dtype), *((False, form) for form in SMALL_FORMS))
     ]
 
 
@@ -206,7 +221,7 @@ def append_variant(dtype: str, dim: int, block: int, *, ring: bool, values: str)
     """One form of ``append_rows``; ``ring``: with rings and counts of real tokens; ``values``: how they are stored."""
     keys = dtype if values == dtype else "i8"
     shape = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK_T": block}
-    shape |= {"QUANTIZED": keys == "i8", "INT4_VALUES": values == "u8"}
+    shape |= {"QUANTIZED": keys == "i8", "VALUE_BITS": VALUE_BITS.get(values, 8)}
     optional = ("p_counts", "p_ring_first", "p_ring_size")
     absent = {} if ring else dict.fromkeys(optional)
     pointers = dict.fromkeys(("p_new_keys", "p_new_values"), f"*{dtype}")
@@ -221,7 +236,7 @@ def append_variant(dtype: str, dim: int, block: int, *, ring: bool, values: str)
         signature=pointers | strides | {"n_tokens": "i32"} | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         divisible=frozenset(pointers | strides) - absent.keys(),
-        num_warps=warps(block, values == "u8"),
+        num_warps=warps(block, values in VALUE_BITS),
         num_stages=1,
         streams=False,
     )

@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from thinkkv.kernels.entries import BITS
 from thinkkv.kernels.hadamard_triton import turned
-from thinkkv.kernels.variant import SMALL_FORMS, Variant
+from thinkkv.kernels.variant import SMALL_FORMS, VALUE_BITS, Variant
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels below run in Triton's interpreter, whose ``tl.dot`` has no bfloat16: it gets float32 there."""
@@ -61,7 +62,7 @@ QUANTIZED_TILES: Mapping[tuple[int, int], Mapping[int, Tile]] = {
     (4, 128): {16: Tile(16, num_warps=8)},
     (4, 256): {16: Tile(16, num_warps=8, num_stages=1)},
 }
-INT4_TILES: Mapping[tuple[int, int], Mapping[int, Tile]] = {
+TURNED_TILES: Mapping[tuple[int, int], Mapping[int, Tile]] = {
     **QUANTIZED_TILES,  # but that unpacking takes registers, too
     (2, 64): {16: Tile(32, num_stages=1)},
     (2, 128): {16: Tile(16, num_warps=8, num_stages=1)},
@@ -97,18 +98,28 @@ def load_entries(
 
 
 @triton.jit
-def load_int4_entries(
-    p_entries: tl.tensor, place: tl.tensor, o_entry: tl.tensor, o_d: tl.tensor, m_d: tl.tensor, DIM: tl.constexpr
+def load_turned_entries(
+    p_entries: tl.tensor,
+    place: tl.tensor,
+    o_entry: tl.tensor,
+    o_d: tl.tensor,
+    m_d: tl.tensor,
+    DIM: tl.constexpr,
+    BITS: tl.constexpr,
 ) -> tl.tensor:
-    """[BLOCK_N, PADDED_DIM] states of int4 entries (``thinkkv.kernels.entries``)."""
+    """[BLOCK_N, PADDED_DIM] turned states of int4 or int5 entries (``thinkkv.kernels.entries``)."""
     HALF: tl.constexpr = DIM // 2
-    SIZE: tl.constexpr = HALF + 4
-    p_tile = p_entries + place * SIZE + o_entry * SIZE
+    NUMBERS: tl.constexpr = DIM * BITS // 8  # bytes
+    SIZE: tl.constexpr = NUMBERS + 4
+    p_tile = p_entries.to(tl.pointer_type(tl.uint8)) + place * SIZE + o_entry * SIZE
     # Each byte is read for its low and for its high half, from the cache the second time.
     o_byte = tl.where(o_d < HALF, o_d, o_d - HALF)
     b_bytes = tl.load(p_tile[:, None] + o_byte[None, :], mask=m_d[None, :], other=0)
     b_numbers = ((b_bytes >> tl.where(o_d < HALF, 0, 4).to(tl.uint8)[None, :]) & 15).to(tl.float32)
-    p_scales = (p_tile + HALF).to(tl.pointer_type(tl.float16))
+    if BITS == 5:
+        b_eights = tl.load(p_tile[:, None] + HALF + (o_d // 8)[None, :], mask=m_d[None, :], other=0)
+        b_numbers += ((b_eights >> (o_d % 8).to(tl.uint8)[None, :]) & 1).to(tl.float32) * 16.0
+    p_scales = (p_tile + NUMBERS).to(tl.pointer_type(tl.float16))
     # [BLOCK_N]
     b_step, b_least = tl.load(p_scales).to(tl.float32), tl.load(p_scales + 1).to(tl.float32)
     return tl.where(m_d[None, :], b_numbers * b_step[:, None] + b_least[:, None], 0.0)
@@ -136,7 +147,7 @@ def attend_split(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     QUANTIZED: tl.constexpr,
-    INT4_VALUES: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,
 ) -> None:
     i_split, i_row, i_block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -194,8 +205,8 @@ def attend_split(
         b_decay = tl.exp2(b_highest - b_level)
         b_total = b_total * b_decay + tl.sum(b_weights.to(tl.float32), axis=1)
         # [BLOCK_N, PADDED_DIM]
-        if INT4_VALUES:
-            b_values = load_int4_entries(p_values, entry + begin, o_tile, o_d, m_d, DIM)
+        if VALUE_BITS < 8:
+            b_values = load_turned_entries(p_values, entry + begin, o_tile, o_d, m_d, DIM, VALUE_BITS)
         else:
             b_values = load_entries(p_values, entry + begin, o_tile, o_d, m_d, DIM, QUANTIZED)
         b_out = b_out * b_decay[:, None] + dot(b_weights, b_values.to(b_query.dtype), FLOAT32_DOT)
@@ -207,7 +218,7 @@ def attend_split(
     if p_levels is not None:
         tl.store(p_levels + o_slot, b_highest + tl.log2(b_divisor), mask=m_m)
     b_out = b_out / b_divisor[:, None]
-    if INT4_VALUES:
+    if VALUE_BITS < 8:
         b_out = turned(b_out, BLOCK_M, DIM, PADDED_DIM)  # every split by itself: the merge is a weighted sum, too
     b_out = b_out.to(p_partial.dtype.element_ty)
     tl.store(p_partial + o_slot[:, None] * DIM + o_d[None, :], b_out, mask=m_m[:, None] & m_d[None, :])
@@ -271,7 +282,7 @@ def padded_dim(dim: int) -> int:
 
 def tiles_of(values: torch.dtype) -> Mapping[tuple[int, int], Mapping[int, Tile]]:
     """The tiles by how values are stored."""
-    return {torch.int8: QUANTIZED_TILES, torch.uint8: INT4_TILES}.get(values, TILES)
+    return {8: QUANTIZED_TILES, 5: TURNED_TILES, 4: TURNED_TILES}.get(BITS.get(values, 0), TILES)
 
 
 def query_block(slots: int, tiles: Mapping[int, Tile]) -> int:
@@ -357,7 +368,7 @@ def ragged_decode(
         BLOCK_M=block_m,
         BLOCK_N=tiles[block_m].block_n,
         QUANTIZED=arena_keys.dtype == torch.int8,
-        INT4_VALUES=arena_values.dtype == torch.uint8,
+        VALUE_BITS=BITS.get(arena_values.dtype, 8),
         FLOAT32_DOT=INTERPRETED,
         num_warps=tiles[block_m].num_warps,
         num_stages=tiles[block_m].num_stages,
@@ -411,7 +422,7 @@ def split_variant(
 ) -> Variant:
     """One form of ``attend_split``; a single split writes the output itself, in its dtype; ``values``: as stored."""
     padded, quantized = padded_dim(dim), values is not None
-    stored = {"i8": torch.int8, "u8": torch.uint8}.get(values or "", torch.float32)
+    stored = {"i8": torch.int8, "i16": torch.int16, "u8": torch.uint8}.get(values or "", torch.float32)
     tile = tiles_of(stored)[ELEMENT_BYTES[dtype], padded][block_m]
     constexprs = {
         "GROUP": group,
@@ -420,7 +431,7 @@ def split_variant(
         "BLOCK_M": block_m,
         "BLOCK_N": tile.block_n,
         "QUANTIZED": quantized,
-        "INT4_VALUES": values == "u8",
+        "VALUE_BITS": VALUE_BITS.get(values or "", 8),
         "FLOAT32_DOT": False,
     }
     absent = {name: None for name, given in (("p_starts", window), ("p_levels", not single)) if not given}

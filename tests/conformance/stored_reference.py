@@ -6,6 +6,7 @@ They are rounded, which is written down once more here, in numpy; or entries of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,19 +68,19 @@ def to_255_steps(states: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.rint(exact / step) * step)
 
 
-def to_16_steps(states: torch.Tensor) -> torch.Tensor:
+def in_steps(states: torch.Tensor, steps: int) -> torch.Tensor:
     """[..., D] float32, every row in even steps from its least number to its largest, both rounded to float16."""
     exact = states.numpy()
     least = exact.min(axis=-1, keepdims=True).astype(np.float16).astype(np.float32)
-    step = ((exact.max(axis=-1, keepdims=True) - least) / np.float32(15)).astype(np.float16).astype(np.float32)
+    step = ((exact.max(axis=-1, keepdims=True) - least) / np.float32(steps)).astype(np.float16).astype(np.float32)
     step[step == 0] = 2.0**-24  # padding
-    return torch.from_numpy(np.clip(np.rint((exact - least) / step), 0, 15) * step + least)
+    return torch.from_numpy(np.clip(np.rint((exact - least) / step), 0, steps) * step + least)
 
 
-def to_16_steps_turned(states: torch.Tensor) -> torch.Tensor:
+def in_steps_turned(states: torch.Tensor, steps: int) -> torch.Tensor:
     """The same of [..., D] values that a Hadamard matrix turned, turned back."""
     turn = sylvester(states.shape[-1])
-    turned = to_16_steps((states.double() @ turn).float())
+    turned = in_steps((states.double() @ turn).float(), steps)
     return (turned.double() @ turn.T).float()
 
 
@@ -87,7 +88,8 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 ROUNDED: dict[str, tuple[Rounding, Rounding]] = {
     "model": (torch.clone, torch.clone),
     "int8": (to_255_steps, to_255_steps),
-    "k8v4": (to_255_steps, to_16_steps_turned),
+    "k8v5": (to_255_steps, partial(in_steps_turned, steps=31)),
+    "k8v4": (to_255_steps, partial(in_steps_turned, steps=15)),
 }
 """Of keys and of values."""
 

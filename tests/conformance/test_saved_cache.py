@@ -36,7 +36,7 @@ def test_it_goes_on_where_it_was_saved(data: st.DataObject) -> None:
         tuple(data.draw(st.lists(st.integers(20, 70), min_size=rows, max_size=rows))),
     )
     small: Any = small_policy(data.draw(st.sampled_from(NAMES)), case.kv_heads)
-    policy = replace(small, cache_dtype=data.draw(st.sampled_from(["model", "int8", "k8v4"])))
+    policy = replace(small, cache_dtype=data.draw(st.sampled_from(["model", "int8", "k8v5", "k8v4"])))
     before = random_tokens(rows, 3, seed=1) if data.draw(st.booleans()) else []
     widths = data.draw(st.lists(st.integers(0, 9), min_size=rows, max_size=rows))
     after = [*random_tokens(rows, 3, seed=2), random_chunk(widths, width=9, seed=3), *random_tokens(rows, 2, seed=4)]

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.accuracy import DEVICE
 from thinkkv.kernels.append import reference
 from thinkkv.kernels.c_library import NoKernelError
-from thinkkv.kernels.entries import entries_of, entry_bytes
+from thinkkv.kernels.entries import entries_of, entry_bytes, multiple_of
 
 CAPACITY = 90
 """Entries of every row."""
@@ -55,7 +55,9 @@ class Case:
         """An entry of keys and one of values that were never written."""
         if self.stored is None:
             return [torch.full((self.dim,), float("nan"), dtype=self.dtype, device=DEVICE)] * 2
-        return [torch.full((entry_bytes(self.dim, dtype),), 85, dtype=dtype, device=DEVICE) for dtype in self.stored]
+        sizes = [entry_bytes(self.dim, dtype) for dtype in self.stored]
+        entries = [torch.full((size,), 85, dtype=torch.uint8, device=DEVICE) for size in sizes]
+        return [entry.view(dtype) for entry, dtype in zip(entries, self.stored, strict=True)]
 
     def new_tokens(self) -> torch.Tensor:
         """[2, R, Q, D] K and V, tokens before rows in memory."""
@@ -110,7 +112,7 @@ CASES = [
 ]
 
 
-SMALL = [(torch.int8, torch.int8), (torch.int8, torch.uint8)]
+SMALL = [(torch.int8, torch.int8), (torch.int8, torch.int16), (torch.int8, torch.uint8)]
 
 
 @pytest.mark.parametrize("case", [replace(case, stored=stored) for case in CASES for stored in (None, *SMALL)], ids=str)
@@ -168,9 +170,10 @@ def test_the_kernel_in_c_rounds_as_torch_does(
     rows: int, dim: int, dtype: torch.dtype, stored: tuple[torch.dtype, torch.dtype], magnitude: float, seed: int
 ) -> None:
     native = pytest.importorskip("thinkkv.kernels.append.native", exc_type=NoKernelError, reason="needs a C compiler")
+    assume(dim % multiple_of(stored[1]) == 0)
     generator = torch.Generator().manual_seed(seed)
     new = (torch.randn(2, rows, dim, generator=generator) * magnitude + magnitude).to(dtype)
-    arenas = [torch.zeros(9 * rows, entry_bytes(dim, kind), dtype=kind) for kind in stored]
+    arenas = [torch.zeros(9 * rows, entry_bytes(dim, kind) // kind.itemsize, dtype=kind) for kind in stored]
     offsets, lengths = torch.arange(rows).flip(0) * 9, torch.arange(rows, dtype=torch.int32)
     native.append(*new, *arenas, offsets, lengths)
     for arena, states, kind in zip(arenas, new, stored, strict=True):

@@ -5,20 +5,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.kernels.sylvester import sylvester
-from thinkkv.kernels.entries import LARGEST, SCALE_BYTES, STEPS, entries_of, entry_bytes, states_of
+from thinkkv.kernels.entries import (
+    BITS,
+    LARGEST,
+    SCALE_BYTES,
+    entries_of,
+    entry_bytes,
+    multiple_of,
+    states_of,
+    steps_of,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SMALL = [torch.int8, torch.uint8]
-"""Dtypes of int8 and of int4 entries."""
+SMALL = [torch.int8, torch.int16, torch.uint8]
+"""Dtypes of int8, int5 and int4 entries."""
 
 
 def as_stored(states: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     """[..., D] float64: the numbers that an entry rounds."""
-    return states.double() @ sylvester(states.shape[-1]) if stored == torch.uint8 else states.double()
+    return states.double() @ sylvester(states.shape[-1]) if stored != torch.int8 else states.double()
 
 
 def half_a_step(exact: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
@@ -26,8 +35,9 @@ def half_a_step(exact: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     if stored == torch.int8:
         return exact.abs().amax(dim=-1, keepdim=True) / LARGEST / 2
     least, most = exact.aminmax(dim=-1, keepdim=True)
-    # Step and least number are rounded to float16 themselves, the step up to STEPS times.
-    return (most - least) / STEPS / 2 + (most - least + least.abs()) * 2**-11 + STEPS * 2**-24
+    # Step and least number are rounded to float16 themselves, the step up to ``steps`` times.
+    steps = steps_of(stored)
+    return (most - least) / steps / 2 + (most - least + least.abs()) * 2**-11 + steps * 2**-24
 
 
 @pytest.mark.parametrize("stored", SMALL, ids=str)
@@ -42,9 +52,10 @@ def half_a_step(exact: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
 def test_no_number_is_off_by_more_than_half_a_step(
     stored: torch.dtype, shape: list[int], dim: int, dtype: torch.dtype, magnitude: float, mean: float, seed: int
 ) -> None:
+    assume(dim % multiple_of(stored) == 0)
     states = (torch.randn(*shape, dim, generator=torch.Generator().manual_seed(seed)) * magnitude + mean).to(dtype)
     entries = entries_of(states, stored)
-    assert entries.shape == (*shape, (dim if stored == torch.int8 else dim // 2) + SCALE_BYTES)
+    assert entries.shape == (*shape, (dim * BITS[stored] // 8 + SCALE_BYTES) // stored.itemsize)
     assert entries.dtype == stored
     assert entries[..., 0].numel() * entry_bytes(dim, stored) == entries.nbytes
     exact, found = as_stored(states, stored), as_stored(states_of(entries, torch.float32), stored)
@@ -60,6 +71,19 @@ def test_int4_numbers_lie_two_to_a_byte_behind_them_step_and_least() -> None:
     assert numbers == [[0, 10], [1, 12], [4, 5], [15, 3], [6, 4], [8, 2]]
     assert entry[6:].view(np.float16).tolist() == [0.5, -2.0]
     assert torch.equal(states_of(torch.from_numpy(entry), torch.float32), states)
+
+
+def test_fifth_bits_lie_eight_to_a_byte_behind_the_low_ones() -> None:
+    turned = torch.tensor([-4.0, 11.5, 4.0, 3.5, 0.0, -4.0, 4.5, 11.0, -3.5, 4.0, 8.0, -1.0, 11.5, 0.5, 3.5, 4.0])
+    states = (turned.double() @ sylvester(16)).float()  # exact: multiples of a quarter
+    entry = entries_of(states, torch.int16).view(torch.uint8).numpy()
+    numbers = [0, 31, 16, 15, 8, 0, 17, 30, 1, 16, 24, 6, 31, 9, 15, 16]
+    assert entry[:8].tolist() == [
+        one % 16 + other % 16 * 16 for one, other in zip(numbers[:8], numbers[8:], strict=True)
+    ]
+    assert entry[8:10].tolist() == [0b11000110, 0b10010110]
+    assert entry[10:].view(np.float16).tolist() == [0.5, -4.0]
+    assert torch.equal(states_of(torch.from_numpy(entry).view(torch.int16), torch.float32), states)
 
 
 def test_states_are_their_own_entries() -> None:

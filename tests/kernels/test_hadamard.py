@@ -1,4 +1,4 @@
-"""States turned by a Hadamard matrix, and what that does to values in int4."""
+"""States turned by a Hadamard matrix, and what that does to values in four or five bits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conformance.stored_reference import to_16_steps
+from tests.conformance.stored_reference import in_steps
 from tests.kernels.sylvester import sylvester
 from thinkkv.kernels.entries import entries_of, states_of
 from thinkkv.kernels.hadamard import block_of, turned
@@ -26,10 +26,11 @@ def test_turning_is_a_product_with_sylvesters_matrix(shape: list[int], dim: int,
     assert (error.norm(dim=-1) <= 1.001 * roundings * 2**-24 * states.double().norm(dim=-1)).all()
 
 
+@pytest.mark.parametrize(("stored", "steps"), [(torch.uint8, 15), (torch.int16, 31)], ids=["int4", "int5"])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_one_large_dimension_costs_the_others_less(dim: int) -> None:
+def test_one_large_dimension_costs_the_others_less(dim: int, stored: torch.dtype, steps: int) -> None:
     values = torch.randn(500, dim, generator=torch.Generator().manual_seed(3))
     values[:, 5] *= 12
-    found = states_of(entries_of(values, torch.uint8), torch.float32)
-    as_they_are = (to_16_steps(values) - values).square().mean()
+    found = states_of(entries_of(values, stored), torch.float32)
+    as_they_are = (in_steps(values, steps) - values).square().mean()
     assert (found - values).square().mean() < as_they_are / 2

@@ -139,7 +139,7 @@ def test_attention_equals_a_masked_float64_softmax(attend: Callable[..., torch.T
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("values", [torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("values", [torch.int8, torch.int16, torch.uint8], ids=str)
 @pytest.mark.parametrize("dtype", RMS, ids=str)
 @pytest.mark.parametrize("case", [*DECODE, *CHUNKS, *SPLITS, *WINDOWS], ids=str)
 def test_small_entries_are_attended_as_what_they_stand_for(

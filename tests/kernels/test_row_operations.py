@@ -44,7 +44,7 @@ def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return row_operations("cpu")
 
 
-SMALL = [(torch.int8, torch.int8), (torch.int8, torch.uint8)]
+SMALL = [(torch.int8, torch.int8), (torch.int8, torch.int16), (torch.int8, torch.uint8)]
 """Dtypes of small entries of keys and values."""
 
 
@@ -55,7 +55,7 @@ def arena_of(lengths: tuple[int, ...], dim: int, kinds: tuple[torch.dtype, torch
     keys, values = (torch.empty(0, entry_bytes(dim, dtype) // dtype.itemsize, dtype=dtype) for dtype in kinds)
     arena = Arena(blocks, spare=spare, like=(keys, values))
     for entries in (arena.keys, arena.values):
-        entries.fill_({torch.int8: 127, torch.uint8: 255}.get(entries.dtype, float("nan")))
+        entries.fill_({torch.int8: 127, torch.int16: -1, torch.uint8: 255}.get(entries.dtype, float("nan")))
     return arena
 
 
@@ -151,10 +151,11 @@ def test_small_entries_are_filled_extended_and_attended(
         for kind in range(2):
             exact = torch.cat([states[kind, row, kept[row]], new[kind, row]]).double()
             error, half_a_step = found[kind] - exact, exact.abs().amax(dim=-1, keepdim=True) / 254
-            if kinds[kind] == torch.uint8:
+            if kinds[kind] != torch.int8:
+                steps = {torch.uint8: 15, torch.int16: 31}[kinds[kind]]
                 exact, error = exact @ sylvester(shape.dim), error @ sylvester(shape.dim)
                 least, most = exact.aminmax(dim=-1, keepdim=True)
-                half_a_step = (most - least) / 30 + (most - 2 * least) * 2**-11
+                half_a_step = (most - least) / steps / 2 + (most - 2 * least) * 2**-11
             assert (error.abs() <= half_a_step * 1.001).all()
     query = torch.randn(rows, shape.group, shape.new, shape.dim, generator=generator).to(dtype)
     expected, sees = attended(arena, query, 0.3, None)

@@ -55,6 +55,7 @@ def step_logits(model: Any, batch: Batch, steps: int, handle: sdk.PatchHandle, t
         KVzip(sinks=2, recent=3, whole=26),
         SMALL_REHEARSED_KV,
         SnapKV(observation_window=4, cache_dtype="int8"),
+        SnapKV(observation_window=4, cache_dtype="k8v5"),
         SnapKV(observation_window=4, cache_dtype="k8v4"),
     ],
     ids=lambda policy: f"{policy.name}-{policy.cache_dtype}",
@@ -118,6 +119,7 @@ def test_generate_is_unchanged(model: Any, ids: torch.Tensor) -> None:
         (torch.float32, "model", 1e-5),
         (torch.bfloat16, "model", 2e-2),
         (torch.float32, "int8", 1e-5),
+        (torch.float32, "k8v5", 5e-3),
         (torch.float32, "k8v4", 1e-2),  # some numbers fall on the other side of a half
     ],
     ids=str,
