@@ -15,6 +15,12 @@ BLOCK_TOKENS = 16
 
 
 @triton.jit
+def rounded(b_numbers: tl.tensor) -> tl.tensor:
+    """Numbers below 2^22 as the nearest integers, ties to even: 1.5 * 2^23 more, they have no place for fractions."""
+    return (b_numbers + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def store_entries(
     p_entries: tl.tensor,
     o_entry: tl.tensor,
@@ -31,9 +37,7 @@ def store_entries(
         # [BLOCK_T]
         b_scales = tl.maximum(tl.max(tl.abs(b_states), axis=1) / 127, 1.1754943508222875e-38)
         b_scales += tl.sum(b_states * 0.0, axis=1)  # what is no number is not hidden
-        b_exact = tl.div_rn(b_states, b_scales[:, None])
-        # Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
-        b_numbers = ((b_exact + 12582912.0) - 12582912.0).to(tl.int8)
+        b_numbers = rounded(tl.div_rn(b_states, b_scales[:, None])).to(tl.int8)
         o_byte = o_entry * (DIM + 4)
         tl.store(p_entries + o_byte[:, None] + o_d[None, :], b_numbers, mask=m_tile)
         tl.store((p_entries + o_byte + DIM).to(tl.pointer_type(tl.float32)), b_scales, mask=m_entry)
@@ -66,8 +70,7 @@ def store_turned_entries(
     b_step = tl.maximum((b_most - b_least.to(tl.float32)) / STEPS, 5.960464477539063e-08).to(tl.float16)
     # [BLOCK_T, PADDED_DIM]
     b_steps = tl.div_rn(b_states - b_least.to(tl.float32)[:, None], b_step.to(tl.float32)[:, None])
-    b_steps = (b_steps + 12582912.0) - 12582912.0  # rounds as above
-    b_numbers = tl.minimum(tl.maximum(b_steps, 0.0), STEPS).to(tl.uint8)
+    b_numbers = tl.minimum(tl.maximum(rounded(b_steps), 0.0), STEPS).to(tl.uint8)
     # [BLOCK_T, PADDED_DIM / 2]
     o_byte = tl.arange(0, PADDED_DIM // 2)
     o_low = tl.broadcast_to(tl.minimum(o_byte, HALF - 1)[None, :], [BLOCK_T, PADDED_DIM // 2])
