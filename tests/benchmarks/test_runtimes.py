@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first script exports; of it the second takes the stock export."""
+    """What the first script exports; the second takes what it would export alike."""
     return tmp_path_factory.mktemp("exported")
 
 
@@ -27,8 +27,9 @@ def test_all_runtimes_are_measured(run: Any, exported: Path) -> None:
 
 def test_rivals_answer_the_same_samples_and_hold_more(run: Any, tmp_path: Path, exported: Path) -> None:
     if (exported / "ready").exists():
-        (tmp_path / "rivals").mkdir()
-        (tmp_path / "rivals" / "stock").symlink_to(exported / "stock")
+        (tmp_path / "rivals" / "gguf").mkdir(parents=True)
+        for there, here in (("stock", "stock"), ("checkpoint", "ours-checkpoint"), ("model.gguf", "gguf/model.gguf")):
+            (tmp_path / "rivals" / here).symlink_to(exported / there)
     rows = {
         row["setting"]: row for row in run("rival_runtimes", "rows.json", "--here", "--folder", tmp_path / "rivals")
     }
