@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 SMALL_FORMS = {"i8": " int8", "u8": " k8v4", "i16": " k8v5"}
 """How forms that store small entries are called, by the dtype of the entries of values."""
 
-VALUE_BITS = {"u8": 4, "i16": 5}
-"""Bits of a number of values that are stored turned (``thinkkv.kernels.entries``)."""
+STORED = {"i8": torch.int8, "u8": torch.uint8, "i16": torch.int16}
+"""These dtypes in torch."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from thinkkv.kernels.entries import BITS, is_turned
 from thinkkv.kernels.hadamard_triton import turned
-from thinkkv.kernels.variant import SMALL_FORMS, VALUE_BITS, Variant
+from thinkkv.kernels.variant import SMALL_FORMS, STORED, Variant
 
 BLOCK_TOKENS = 16
 """Tokens that a program copies at once; a decode step has one."""
@@ -222,9 +222,9 @@ def variants() -> list[Variant]:
 
 def append_variant(dtype: str, dim: int, block: int, *, ring: bool, values: str) -> Variant:
     """One form of ``append_rows``; ``ring``: with rings and counts of real tokens; ``values``: how they are stored."""
-    keys = dtype if values == dtype else "i8"
+    keys, stored = dtype if values == dtype else "i8", STORED.get(values, torch.float32)
     shape = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK_T": block}
-    shape |= {"QUANTIZED": keys == "i8", "VALUE_BITS": VALUE_BITS.get(values, 8)}
+    shape |= {"QUANTIZED": keys == "i8", "VALUE_BITS": BITS.get(stored, 8)}
     optional = ("p_counts", "p_ring_first", "p_ring_size")
     absent = {} if ring else dict.fromkeys(optional)
     pointers = dict.fromkeys(("p_new_keys", "p_new_values"), f"*{dtype}")
@@ -239,7 +239,7 @@ def append_variant(dtype: str, dim: int, block: int, *, ring: bool, values: str)
         signature=pointers | strides | {"n_tokens": "i32"} | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         divisible=frozenset(pointers | strides) - absent.keys(),
-        num_warps=warps(block, values in VALUE_BITS),
+        num_warps=warps(block, is_turned(stored)),
         num_stages=1,
         streams=False,
     )

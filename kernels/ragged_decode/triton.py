@@ -17,7 +17,7 @@ import triton.language as tl
 
 from thinkkv.kernels.entries import BITS
 from thinkkv.kernels.hadamard_triton import turned
-from thinkkv.kernels.variant import SMALL_FORMS, VALUE_BITS, Variant
+from thinkkv.kernels.variant import SMALL_FORMS, STORED, Variant
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels below run in Triton's interpreter, whose ``tl.dot`` has no bfloat16: it gets float32 there."""
@@ -422,7 +422,7 @@ def split_variant(
 ) -> Variant:
     """One form of ``attend_split``; a single split writes the output itself, in its dtype; ``values``: as stored."""
     padded, quantized = padded_dim(dim), values is not None
-    stored = {"i8": torch.int8, "i16": torch.int16, "u8": torch.uint8}.get(values or "", torch.float32)
+    stored = STORED.get(values or "", torch.float32)
     tile = tiles_of(stored)[ELEMENT_BYTES[dtype], padded][block_m]
     constexprs = {
         "GROUP": group,
@@ -431,7 +431,7 @@ def split_variant(
         "BLOCK_M": block_m,
         "BLOCK_N": tile.block_n,
         "QUANTIZED": quantized,
-        "VALUE_BITS": VALUE_BITS.get(values or "", 8),
+        "VALUE_BITS": BITS.get(stored, 8),
         "FLOAT32_DOT": False,
     }
     absent = {name: None for name, given in (("p_starts", window), ("p_levels", not single)) if not given}

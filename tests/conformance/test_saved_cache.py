@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.tiny_models import KV_HEADS, VARIANTS, Batch, Case, new_model
 from thinkkv import sdk
 from thinkkv.patches.errors import SavedCacheError
 from thinkkv.sdk import bounded
-from thinkkv.sdk.policies import SnapKV
+from thinkkv.sdk.policies import CacheDtype, SnapKV
 from thinkkv.sdk.saved_cache import about_cache
 
 
@@ -36,7 +36,7 @@ def test_it_goes_on_where_it_was_saved(data: st.DataObject) -> None:
         tuple(data.draw(st.lists(st.integers(20, 70), min_size=rows, max_size=rows))),
     )
     small: Any = small_policy(data.draw(st.sampled_from(NAMES)), case.kv_heads)
-    policy = replace(small, cache_dtype=data.draw(st.sampled_from(["model", "int8", "k8v5", "k8v4"])))
+    policy = replace(small, cache_dtype=data.draw(st.sampled_from(get_args(CacheDtype))))
     before = random_tokens(rows, 3, seed=1) if data.draw(st.booleans()) else []
     widths = data.draw(st.lists(st.integers(0, 9), min_size=rows, max_size=rows))
     after = [*random_tokens(rows, 3, seed=2), random_chunk(widths, width=9, seed=3), *random_tokens(rows, 2, seed=4)]

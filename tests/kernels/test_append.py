@@ -15,6 +15,7 @@ from tests.kernels.accuracy import DEVICE
 from thinkkv.kernels.append import reference
 from thinkkv.kernels.c_library import NoKernelError
 from thinkkv.kernels.entries import entries_of, entry_bytes, multiple_of
+from thinkkv.sdk.policies.policy import SMALL_DTYPES
 
 CAPACITY = 90
 """Entries of every row."""
@@ -112,7 +113,7 @@ CASES = [
 ]
 
 
-SMALL = [(torch.int8, torch.int8), (torch.int8, torch.int16), (torch.int8, torch.uint8)]
+SMALL = list(SMALL_DTYPES.values())
 
 
 @pytest.mark.parametrize("case", [replace(case, stored=stored) for case in CASES for stored in (None, *SMALL)], ids=str)

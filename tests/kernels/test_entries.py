@@ -21,7 +21,7 @@ from thinkkv.kernels.entries import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SMALL = [torch.int8, torch.int16, torch.uint8]
+SMALL = list(BITS)
 """Dtypes of int8, int5 and int4 entries."""
 
 

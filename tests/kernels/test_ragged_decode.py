@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.conformance.closeness import assert_close
 from tests.kernels.accuracy import DEVICE, RMS
-from thinkkv.kernels.entries import entries_of, states_of
+from thinkkv.kernels.entries import BITS, entries_of, states_of
 from thinkkv.kernels.ragged_decode import reference
 
 GAP = 3
@@ -139,7 +139,7 @@ def test_attention_equals_a_masked_float64_softmax(attend: Callable[..., torch.T
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("values", [torch.int8, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("values", list(BITS), ids=str)
 @pytest.mark.parametrize("dtype", RMS, ids=str)
 @pytest.mark.parametrize("case", [*DECODE, *CHUNKS, *SPLITS, *WINDOWS], ids=str)
 def test_small_entries_are_attended_as_what_they_stand_for(

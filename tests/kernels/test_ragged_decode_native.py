@@ -15,7 +15,7 @@ from tests.kernels.accuracy import RMS
 from thinkkv.kernels import c_library, native
 from thinkkv.kernels.arena import Arena
 from thinkkv.kernels.c_library import NoKernelError
-from thinkkv.kernels.entries import entries_of, multiple_of, states_of
+from thinkkv.kernels.entries import BITS, entries_of, multiple_of, states_of
 from thinkkv.kernels.ragged_decode import native as kernel
 
 
@@ -60,7 +60,7 @@ def random_rows(lengths: list[int], dim: int, dtype: torch.dtype, seed: int) -> 
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     threads=st.integers(1, 3),
     windowed=st.booleans(),
-    small=st.sampled_from([None, torch.int8, torch.int16, torch.uint8]),
+    small=st.sampled_from([None, *BITS]),
     seed=st.integers(0, 1000),
 )
 def test_equals_float64(

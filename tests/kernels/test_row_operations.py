@@ -13,6 +13,7 @@ from thinkkv.kernels import grouped
 from thinkkv.kernels.arena import Arena
 from thinkkv.kernels.dispatch import RowOperations, row_operations
 from thinkkv.kernels.entries import entry_bytes, states_of
+from thinkkv.sdk.policies.policy import SMALL_DTYPES
 
 BACKENDS = ["torch", "native", "reference", "triton"]
 
@@ -44,7 +45,7 @@ def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return row_operations("cpu")
 
 
-SMALL = [(torch.int8, torch.int8), (torch.int8, torch.int16), (torch.int8, torch.uint8)]
+SMALL = list(SMALL_DTYPES.values())
 """Dtypes of small entries of keys and values."""
 
 
