@@ -47,6 +47,9 @@ class HoldingLayer(HeterogeneousLayer):
             )
         held, window, real = self.held, self.shape.window, options["real"]
         out, most, total = attend_again(held, query, keys, values, real, window, self.chunk.counted_from)
+        if self.chunk.shuffled:
+            self.held = replace(held, shuffled=tuple(map(self._by_kv_head, query)))
+            return out
         if held.rehearsed is not None and held.rehearsed_sum is not None:
             most, total = torch.maximum(held.rehearsed, most), held.rehearsed_sum + total
         reread = self._reread(WholePrompt(query, keys, values, held.scale, real), self.chunk)
@@ -62,13 +65,16 @@ class HoldingLayer(HeterogeneousLayer):
             return ()
         found = []
         for sequence, (columns, tokens) in enumerate(zip(chunk.columns, self.held.lengths, strict=True)):
-            counted = chunk.query[sequence][:, columns][:, wanted.counted_from :]
-            queries = counted.unflatten(0, (self.shape.kv_heads, -1)).flatten(1, 2)
+            queries = self._by_kv_head(chunk.query[sequence][:, columns][:, wanted.counted_from :])
             share = min(1.0, wanted.held_queries / max(1, tokens * self.shape.query_group))
             # Seeded, so that a sequence has the same ones in whatever batch it stands.
             drawn = torch.randperm(queries.shape[1], generator=torch.Generator().manual_seed(self.index))
             found.append(queries[:, drawn[: math.ceil(share * len(drawn))].to(queries.device)])
         return tuple(found)
+
+    def _by_kv_head(self, query: torch.Tensor) -> torch.Tensor:
+        """[n, R, D] queries of [Hq, T, D]: of all query heads of each group."""
+        return query.unflatten(0, (self.shape.kv_heads, -1)).flatten(1, 2)
 
 
 class ComparedLayer(HoldingLayer):

@@ -268,7 +268,7 @@ class PatchHandle:
         cache = given.get("past_key_values")
         if isinstance(cache, HeterogeneousCache) and cache.held:
             if self.policy.rehearses and any(map(cache.compression.compresses, cache.held[0].lengths)):
-                rehearse(decoder, given, cache, held_queries=self.policy.reread_queries)
+                rehearse(decoder, given, cache, held_queries=self.policy.reread_queries, shuffled=self.policy.shuffles)
             cache.compress(cache.held)
 
 

@@ -25,6 +25,7 @@ class PromptView:
         rehearsed: [n, N] float32, for a policy that rehearses: the most attention that a token got in the rehearsal.
         rehearsed_sum: [n, N] float32, likewise: all that it got, summed over the query heads.
         reread: [n, R, D], for a policy that asks for them: queries of the rehearsal, of all query heads of a group.
+        shuffled: [n, R, D], likewise: of its tokens in random order.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class PromptView:
     rehearsed: torch.Tensor | None = None
     rehearsed_sum: torch.Tensor | None = None
     reread: torch.Tensor | None = None
+    shuffled: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:

@@ -1,7 +1,8 @@
-"""Reference queries: some of a second reading, and what each of them gets from all tokens of one KV head.
+"""Reference queries: what each of them gets from all tokens of one KV head.
 
 What is stored in place of the tokens is good where such queries get from it what they got from these (Attention
-Matching, arXiv:2602.16284). Summaries (``summaries.py``) and values (``matched_values.py``) are fitted to the same.
+Matching, arXiv:2602.16284). Values (``matched_values.py``) are fitted to those of a second reading, summaries
+(``summaries.py``) to those of tokens in random order.
 """
 
 from __future__ import annotations

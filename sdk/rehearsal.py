@@ -5,6 +5,10 @@ Whatever may be asked later needs the same look-ups, so this tells what to keep 
 arXiv:2505.23416, which also writes a prompt that asks for the repetition; here the text alone is repeated). It is read
 in chunks, each after the whole first reading and with the positions that would follow it, so that activations stay as
 small as a chunk and no position is much beyond the prompt's.
+
+What is chosen by these look-ups weighs more for them than for what comes later: the tokens that they pass over are
+looked at twice as much by questions. So a policy may ask for a few tokens more, in random order, which find no copy of
+what is before them, as a question does not, and choose nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +35,9 @@ LEAD_IN = 64
 QUERIES = 64
 """Queries of each query head whose attention to everything is in memory at once; twice as many leave a CPU's caches."""
 
+SHUFFLED = 256
+"""Tokens that are read in random order."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -39,14 +46,18 @@ class Chunk:
     Args:
         counted_from: the first of its tokens whose attention counts.
         held_queries: of the queries of a whole second reading, so many are held of each KV head.
+        shuffled: all its queries are held, as those of tokens in random order.
     """
 
     counted_from: int
-    held_queries: int
+    held_queries: int = 0
+    shuffled: bool = False
 
 
 @torch.no_grad()
-def rehearse(decoder: Any, inputs: Mapping[str, Any], cache: Any, *, held_queries: int = 0) -> None:
+def rehearse(
+    decoder: Any, inputs: Mapping[str, Any], cache: Any, *, held_queries: int = 0, shuffled: bool = False
+) -> None:
     """Read prompts again whose cache is held by HoldingLayers, which note it.
 
     Args:
@@ -54,6 +65,7 @@ def rehearse(decoder: Any, inputs: Mapping[str, Any], cache: Any, *, held_querie
         inputs: what it was given: ``input_ids`` or ``inputs_embeds`` [B, N, ...], ``attention_mask`` [B, N] or None.
         cache: a HeterogeneousCache that holds the prompts.
         held_queries: of each KV head, to be held besides.
+        shuffled: read some of their tokens once more, in random order, and hold all queries of these.
     """
     name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
     tokens, mask = inputs[name], inputs.get("attention_mask")
@@ -61,17 +73,31 @@ def rehearse(decoder: Any, inputs: Mapping[str, Any], cache: Any, *, held_querie
     lengths = real.sum(dim=1, keepdim=True)
     # Real tokens first, so that a row is cut into the same chunks however it is padded.
     order = real.argsort(dim=1, descending=True, stable=True)
-    tokens, real = tokens[torch.arange(len(order), device=order.device)[:, None], order], real.gather(1, order)
-    for start in range(0, int(lengths.max()), CHUNK):
-        part = slice(max(0, start - LEAD_IN), start + CHUNK)
-        with _rehearsing(cache.layers, Chunk(start - part.start, held_queries)):
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    tokens, real = tokens[rows, order], real.gather(1, order)
+
+    def read(tokens: torch.Tensor, real: torch.Tensor, chunk: Chunk) -> None:
+        with _rehearsing(cache.layers, chunk):
             decoder.forward(
-                **{name: tokens[:, part]},
-                attention_mask=None if mask is None else torch.cat([mask, real[:, part].to(mask)], dim=1),
-                position_ids=(lengths + real[:, part].cumsum(dim=1) - 1).clamp(min=0),
+                **{name: tokens},
+                attention_mask=None if mask is None else torch.cat([mask, real.to(mask)], dim=1),
+                position_ids=(lengths + real.cumsum(dim=1) - 1).clamp(min=0),
                 past_key_values=cache,
                 use_cache=True,
             )
+
+    for start in range(0, int(lengths.max()), CHUNK):
+        part = slice(max(0, start - LEAD_IN), start + CHUNK)
+        read(tokens[:, part], real[:, part], Chunk(start - part.start, held_queries))
+    if shuffled:
+        drawn = _drawn(lengths)
+        read(tokens[rows, drawn], torch.ones_like(drawn), Chunk(counted_from=SHUFFLED, shuffled=True))
+
+
+def _drawn(lengths: torch.Tensor) -> torch.Tensor:
+    """[B, SHUFFLED] int64 tokens of prompts of [B, 1] lengths; of a prompt the same in whatever batch it stands."""
+    part = torch.rand(SHUFFLED, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (part * lengths.cpu()).long().to(lengths.device)
 
 
 @contextmanager

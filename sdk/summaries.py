@@ -2,8 +2,8 @@
 
 Attention Matching (arXiv:2602.16284) gives every kept entry a bias, so that together they weigh as much beside new
 tokens as all did. A cache entry has no place for one, but evicted tokens may leave an entry behind: those with like
-keys are a group, and each group gets one key to which the queries of a second reading pay the attention that they paid
-to the group. The logarithm of that attention is nearly linear in the query, as the logit of a key is.
+keys are a group, and each group gets one key to which reference queries pay the attention that they paid to the
+group. The logarithm of that attention is nearly linear in the query, as the logit of a key is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def summarize(
     keys; L is the logarithm of the attention to the group, not normalised, and w its share of all attention.
 
     Args:
-        reference: queries of a second reading.
+        reference: queries, of what does not choose the tokens itself: these weigh more for others.
         keys, values: [N, D] of one KV head.
         evicted: [E] int64 positions, one at least.
         count: of groups, at most.

@@ -22,7 +22,8 @@ class WholePrompt:
         real: [B, N] bool, False at padding; None where there is none.
         rehearsed: [B, n, N] float32, the most attention that each token got in a rehearsal.
         rehearsed_sum: [B, n, N] float32, all of it together.
-        reread: per sequence [n, R, D], queries of the rehearsal that a policy asks for.
+        reread, shuffled: per sequence [n, R, D], queries of the rehearsal that a policy asks for, and of its tokens in
+            random order.
     """
 
     query: torch.Tensor
@@ -33,6 +34,7 @@ class WholePrompt:
     rehearsed: torch.Tensor | None = None
     rehearsed_sum: torch.Tensor | None = None
     reread: tuple[torch.Tensor, ...] = ()
+    shuffled: tuple[torch.Tensor, ...] = ()
 
     @cached_property
     def columns(self) -> list[slice | torch.Tensor]:
@@ -66,5 +68,5 @@ class WholePrompt:
 
         query = own(self.query) if self.query.shape[2] == self.keys.shape[2] else self.query[sequence]
         most, total = (None if noted is None else own(noted) for noted in (self.rehearsed, self.rehearsed_sum))
-        reread = self.reread[sequence] if self.reread else None
-        return PromptView(layer, layers, query, own(self.keys), own(self.values), self.scale, most, total, reread)
+        queries = (found[sequence] if found else None for found in (self.reread, self.shuffled))
+        return PromptView(layer, layers, query, own(self.keys), own(self.values), self.scale, most, total, *queries)

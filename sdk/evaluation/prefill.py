@@ -58,9 +58,11 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]], compressions: Collecti
     cache.layers = [*layers]
     inputs = {"input_ids": ids, "attention_mask": mask}
     out = model(**inputs, position_ids=positions(mask), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    if any(compression.policy.rehearses for compression in compressions):
-        queries = max(compression.policy.reread_queries for compression in compressions)
-        rehearse(model.base_model, inputs, cache, held_queries=queries)
+    policies = [compression.policy for compression in compressions]
+    if any(policy.rehearses for policy in policies):
+        queries = max(policy.reread_queries for policy in policies)
+        shuffled = any(policy.shuffles for policy in policies)
+        rehearse(model.base_model, inputs, cache, held_queries=queries, shuffled=shuffled)
     return Prefill([layer.held for layer in layers if layer.held is not None], mask, out.logits[:, -1])
 
 

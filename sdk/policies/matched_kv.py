@@ -1,9 +1,10 @@
 """Matched-KV: tokens by what a second reading looks up, and entries that make up for the others. Our own policy.
 
 The tokens are ranked as by Reread-KV, each layer by its own measure: attention that is lost changes a layer the more,
-the smaller its outputs are. Evicted tokens leave a few summaries of themselves. Then the values of all are changed so
-that the queries of the second reading get from them alone, as nearly as can be, what they got from the whole cache
-(Attention Matching, arXiv:2602.16284).
+the smaller its outputs are. Evicted tokens leave a few summaries of themselves, which weigh what these weighed for
+tokens in random order: the second reading has chosen them by how little it needs them. Then the values of all are
+changed so that its queries get from them alone, as nearly as can be, what they got from the whole cache (Attention
+Matching, arXiv:2602.16284).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from thinkkv.sdk.summaries import summarize
 SAMPLED = 256
 """Queries of each KV head by which the size of a layer's outputs is told."""
 
-SUMMARY_RIDGE = 1.0
+SUMMARY_RIDGE = 0.1
 """Towards the mean of what is summarised: questions ask otherwise than the text that is read again."""
 
 MOST_SUMMARIES = 0.25
@@ -67,6 +68,11 @@ class MatchedKV(RereadKV):
         """To match."""
         return self.queries
 
+    @property
+    def shuffles(self) -> bool:
+        """To summarise."""
+        return self.summaries > 0
+
     def plan_model(self, prompts: Sequence[PromptView], budgets: Sequence[LayerBudget]) -> list[KeepPlan]:
         """The plans of the ranking, with entries of their own."""
         summaries = [self._summaries(*layer) for layer in zip(prompts, budgets, strict=True)]
@@ -105,8 +111,9 @@ class MatchedKV(RereadKV):
         if summaries:
             evicted = torch.ones(prompt.tokens, dtype=torch.bool, device=keys.device)
             evicted[kept] = False
+            others = ReferenceQueries.of(self.shuffled(prompt)[head], keys, values, prompt.scale)
             places, *summary = summarize(
-                reference, keys, values, evicted.nonzero()[:, 0], count=summaries, ridge=SUMMARY_RIDGE
+                others, keys, values, evicted.nonzero()[:, 0], count=summaries, ridge=SUMMARY_RIDGE
             )
             kept, order = torch.cat([kept, places]).sort()
             of_keys, of_values = (torch.cat(pair)[order] for pair in zip(own, summary, strict=True))

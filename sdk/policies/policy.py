@@ -79,6 +79,11 @@ class Policy(ABC):
         return 0
 
     @property
+    def shuffles(self) -> bool:
+        """Whether the plan asks for queries of tokens in random order besides."""
+        return False
+
+    @property
     def kept_ends(self) -> tuple[int, int]:
         """(sinks, recent): what a bounded row always keeps while decoding; the rest goes to the best middle tokens."""
         return 0, self.smallest

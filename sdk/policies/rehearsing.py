@@ -68,6 +68,14 @@ class Rehearsing(Policy):
         """
         return self._noted(prompt.reread)
 
+    def shuffled(self, prompt: PromptView) -> torch.Tensor:
+        """[n, R, D]: queries of the prompt's tokens in random order.
+
+        Raises:
+            UnsupportedGenerationError: there were none.
+        """
+        return self._noted(prompt.shuffled)
+
     def with_ends(self, prompt: PromptView, scores: torch.Tensor) -> torch.Tensor:
         """[n, N] scores that are infinite where a token is kept for certain."""
         scores = scores.clone()

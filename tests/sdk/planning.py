@@ -37,7 +37,8 @@ class Model:
         queries = 3 * torch.randn(self.kv_heads * self.group, visible, 4, generator=generator)
         most, total = torch.rand(2, self.kv_heads, visible, generator=generator)
         reread = 3 * torch.randn(self.kv_heads, self.group * visible, 4, generator=generator)
-        return PromptView(layer, len(self.windows), queries, keys, values, 0.5, most, total, reread)
+        shuffled = 3 * torch.randn(self.kv_heads, self.group * 5, 4, generator=generator)
+        return PromptView(layer, len(self.windows), queries, keys, values, 0.5, most, total, reread, shuffled)
 
     def head_scores(self) -> tuple[tuple[float, ...], ...]:
         generator = torch.Generator().manual_seed(self.seed)

@@ -131,10 +131,39 @@ class TestQueries:
             assert len(set(drawn)) == len(drawn)
             assert {int(place) // 80 for place in drawn} == {0, 1, 2, 3}
 
+    @pytest.mark.parametrize("kv_heads", [8, 2, 1])
+    @pytest.mark.parametrize("variant", sorted(VARIANTS))
+    def test_those_of_shuffled_tokens_are_the_stock_models(
+        self, variant: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rehearsal, "SHUFFLED", 19)
+        model, ids = tiny_model(variant, kv_heads, torch.float32), prompts([63], label=variant).ids[0].tolist()
+        found = held(model, [ids])
+        for prompt, queries in zip(found, stock_queries(model, ids + shuffled(ids, 19)), strict=True):
+            expected = queries[:, 63:].unflatten(0, (kv_heads, -1)).flatten(1, 2)
+            torch.testing.assert_close(prompt.shuffled[0], expected, rtol=1e-3, atol=1e-3)
+
+    def test_shuffled_tokens_of_a_row_are_the_same_however_it_is_padded(self) -> None:
+        model = tiny_model("qwen3-mixed", 2, torch.float32)
+        rows = [prompts([length]).ids[0].tolist() for length in (63, 41, 1)]
+        together = held(model, rows)
+        for i, row in enumerate(rows):
+            for found, alone in zip(together, held(model, [row]), strict=True):
+                torch.testing.assert_close(found.shuffled[i], alone.shuffled[0], rtol=1e-4, atol=1e-5)
+
+    def test_attention_of_shuffled_tokens_is_not_counted(self) -> None:
+        model, ids = tiny_model("llama", 2, torch.float32), prompts([63]).ids[0].tolist()
+        for found, without in zip(held(model, [ids]), held(model, [ids], summaries=0), strict=True):
+            assert without.shuffled == ()
+            assert torch.equal(found.rehearsed, without.rehearsed)
+            assert torch.equal(found.rehearsed_sum, without.rehearsed_sum)
+            assert torch.equal(found.reread[0], without.reread[0])
+
     def test_without_a_policy_that_asks_none_are_held(self) -> None:
         model, ids = tiny_model("llama", 2, torch.float32), prompts([63]).ids[0].tolist()
         with sdk.apply(model, policy=RereadKV(head_scores=RANKS, sinks=2, recent=3, whole=26), ratio=0.5) as handle:
-            assert all(prompt.reread == () for prompt in prefill(model, [ids], [handle.compression]).layers)
+            found = prefill(model, [ids], [handle.compression]).layers
+        assert all(prompt.reread == prompt.shuffled == () for prompt in found)
 
 
 class TestPolicy:
@@ -178,6 +207,29 @@ class TestPolicy:
                 assert not others[-3:].any()
                 summarised += int(others.sum())
         assert summarised == 5 * 4
+
+    def test_summaries_are_fitted_to_shuffled_tokens_and_values_to_the_reading(self) -> None:
+        view = Model(kv_heads=2, group=2, windows=(None,), tokens=100, seed=1).view(0)
+        policy = MatchedKV(head_scores=RANKS[:1], share=0, sinks=2, recent=3, whole=26)
+        assert view.reread is not None
+        assert view.shuffled is not None
+
+        def planned(**other: torch.Tensor) -> Any:
+            (plan,) = policy.plan_model([replace(view, **other)], [LayerBudget(90)])
+            return zip(plan.kept, plan.entries, strict=True)
+
+        for (kept, mine), (_, of_reading), (_, of_shuffled), own in zip(
+            planned(),
+            planned(reread=view.reread.flip(1) + 1),
+            planned(shuffled=view.shuffled + 1),
+            view.keys,
+            strict=True,
+        ):
+            summaries = (mine[0] != own[kept]).any(dim=1)
+            assert summaries.sum() == 4
+            assert torch.equal(of_reading[0], mine[0])
+            assert not torch.allclose(of_reading[1][:-3], mine[1][:-3])
+            assert torch.equal((of_shuffled[0] != mine[0]).any(dim=1), summaries)
 
     @given(seed=st.integers(0, 1000), sizes=st.tuples(st.sampled_from([0.1, 1, 10]), st.sampled_from([0.1, 1, 10])))
     def test_a_layer_with_small_outputs_keeps_more(self, seed: int, sizes: tuple[float, float]) -> None:
@@ -243,8 +295,14 @@ class TestPolicy:
         assert found.used == found.planned <= found.promised
 
 
-def held(model: Any, rows: list[list[int]], queries: int = 10**6) -> list[Any]:
+def held(model: Any, rows: list[list[int]], queries: int = 10**6, summaries: int = 4) -> list[Any]:
     """What each layer holds of prompts that were read twice."""
-    policy = MatchedKV(head_scores=RANKS, queries=queries, sinks=2, recent=3, whole=0)
+    policy = MatchedKV(head_scores=RANKS, queries=queries, summaries=summaries, sinks=2, recent=3, whole=0)
     with sdk.apply(model, policy=policy, ratio=0.5) as handle:
         return list(prefill(model, rows, [handle.compression]).layers)
+
+
+def shuffled(ids: list[int], count: int) -> list[int]:
+    """So many of the tokens, in the order in which they are read."""
+    drawn = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return [ids[int(part * len(ids))] for part in drawn.tolist()]
