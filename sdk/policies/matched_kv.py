@@ -28,7 +28,7 @@ SAMPLED = 256
 """Queries of each KV head by which the size of a layer's outputs is told."""
 
 SUMMARY_RIDGE = 0.1
-"""Towards the mean of what is summarised: questions ask otherwise than the text that is read again."""
+"""Towards the mean of what is summarised: questions ask otherwise than tokens in random order, too."""
 
 MOST_SUMMARIES = 0.25
 """Of the tokens of a head that are ranked at all; the others are."""
