@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from thinkkv.sdk.cli.console import console, print_json, progress
 from thinkkv.sdk.cli.loading import load
 from thinkkv.sdk.cli.options import (
+    CACHE_DTYPES,
     budget_options,
     check_budget,
     dtype_option,
@@ -22,6 +23,7 @@ from thinkkv.sdk.cli.text import echo, prompt_options, prompt_text, show_bytes
 
 if TYPE_CHECKING:
     from thinkkv.sdk.generate_text import Generated
+    from thinkkv.sdk.policies.policy import CacheDtype
 
 IDLE = {
     "save_cache": ({"load_cache", "compiled", "max_new_tokens", "temperature"}, "it generates nothing"),
@@ -59,7 +61,7 @@ Examples:
 )
 @click.option(
     "--cache-dtype",
-    type=click.Choice(("model", "int8", "k8v5", "k8v4")),
+    type=click.Choice(CACHE_DTYPES),
     help="Store tokens in the model's dtype, in int8, or keys in int8 and values in five or four bits: half the "
     "bytes of 16 bits, or 44 % or 41 % of them, so that a ratio keeps as many more.",
 )
@@ -98,7 +100,7 @@ def generate(
     ratio: float | None,
     budget: int | None,
     decode: Literal["append", "bounded"],
-    cache_dtype: Literal["model", "int8", "k8v5", "k8v4"] | None,
+    cache_dtype: CacheDtype | None,
     compiled: bool,
     prompt: str | None,
     prompt_file: Path | None,

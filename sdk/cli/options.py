@@ -28,6 +28,9 @@ POLICY_NAMES = (
 )
 """As in ``thinkkv.sdk.policies``, repeated here so that a help text loads no torch; a test compares them."""
 
+CACHE_DTYPES = ("model", "int8", "k8v5", "k8v4")
+"""Likewise."""
+
 PROFILE_SCORES = {
     "task-kv": "distance",
     "retrieval-kv": "retrieval",

@@ -9,15 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from transformers import AutoTokenizer
 
 from tests.tiny_models import new_model
 from thinkkv.sdk import verification
-from thinkkv.sdk.cli.options import POLICY_NAMES, PROFILE_SCORES
+from thinkkv.sdk.cli.options import CACHE_DTYPES, POLICY_NAMES, PROFILE_SCORES
 from thinkkv.sdk.policies import POLICIES
+from thinkkv.sdk.policies.policy import CacheDtype
 
 PROMPT = "the lamp of the harbour was lit by mira ost. " * 12
 
@@ -244,3 +245,7 @@ def test_policy_names_of_the_command_line_are_the_policies():
     assert tuple(POLICIES) == POLICY_NAMES
     scores = {name: policy.profile_score for name, policy in POLICIES.items()}
     assert {name: score for name, score in scores.items() if score} == PROFILE_SCORES
+
+
+def test_cache_dtypes_of_the_command_line_are_those_of_policies():
+    assert get_args(CacheDtype) == CACHE_DTYPES
