@@ -56,6 +56,8 @@ class Setting:
         weights: their format.
         compressed: the cache is ours.
         sized: its bounded heads have a fixed size, and so there is a model for each prompt length.
+        bits: of a number in its cache with its share of a scale; where the runtime does not say what it holds.
+        here: whether it needs nothing that this environment lacks.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Setting:
     weights: str
     compressed: bool = False
     sized: bool = False
+    bits: float = 16
+    here: bool = True
 
     def folder(self, context: int) -> str:
         """Of the model for prompts of this length."""
@@ -73,8 +77,13 @@ class Setting:
 
 SETTINGS = (
     Setting("transformers", "transformers", "transformers", "checkpoint", "float32"),
+    Setting(
+        "transformers, cache in 4 bits", "transformers_quantized", "transformers", "checkpoint", "float32", here=False
+    ),
     Setting("thinkkv on transformers", "thinkkv", None, "ours-checkpoint", "float32", compressed=True),
     Setting("llama.cpp", "llama_cpp", "llama_cpp", "gguf/model.gguf", "q4_0"),
+    Setting("llama.cpp, cache in q8_0", "llama_cpp_q8_0", "llama_cpp", "gguf/model.gguf", "q4_0", bits=8.5),
+    Setting("llama.cpp, cache in q4_0", "llama_cpp_q4_0", "llama_cpp", "gguf/model.gguf", "q4_0", bits=4.5),
     Setting("onnxruntime-genai, its export", "genai", "onnxruntime_genai", "stock", "int4"),
     Setting("onnxruntime-genai, our export", "genai", "onnxruntime_genai", "ours", "int4", compressed=True, sized=True),
 )
@@ -84,7 +93,7 @@ def main() -> None:
     """Build, answer, time, write."""
     options = _options()
     _prepare(options)
-    answers = [row for setting in SETTINGS for row in _answers(options, setting)]
+    answers = [row for setting in _settings(options) for row in _answers(options, setting)]
     for row in answers:
         print(json.dumps(row), flush=True)
     speeds = list(_speeds(options))
@@ -98,7 +107,7 @@ def _prepare(options: argparse.Namespace) -> None:
     """Venvs, samples and models."""
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    for venv in dict.fromkeys(setting.venv for setting in SETTINGS if setting.venv and not options.here):
+    for venv in dict.fromkeys(setting.venv for setting in _settings(options) if setting.venv and not options.here):
         if not (folder / venv / "ready").exists():
             subprocess.run(["sh", RIVALS / "build.sh", venv, folder / venv], check=True)
             (folder / venv / "ready").touch()
@@ -146,7 +155,7 @@ def _speeds(options: argparse.Namespace) -> Iterator[Row]:
     done = [json.loads(line) for line in measured.read_text().splitlines()] if measured.exists() else []
     for context in options.contexts:
         for number in range(options.rounds):
-            for setting in SETTINGS:
+            for setting in _settings(options):
                 key = {"setting": setting.name, "threads": options.threads, "context": context, "round": number}
                 if any(key.items() <= row.items() for row in done):
                     continue
@@ -154,28 +163,32 @@ def _speeds(options: argparse.Namespace) -> Iterator[Row]:
                 done.append(key | json.loads(said.splitlines()[-1]))
                 with measured.open("a") as file:
                     file.write(json.dumps(done[-1]) + "\n")
-        for setting in SETTINGS:
+        for setting in _settings(options):
             key = {"setting": setting.name, "threads": options.threads, "context": context}
             rows = [row for row in done if key.items() <= row.items()][: options.rounds]
-            yield key | {"weights": setting.weights, "version": rows[0]["version"]} | _median(options, rows)
+            yield key | {"weights": setting.weights, "version": rows[0]["version"]} | _median(options, setting, rows)
 
 
-def _median(options: argparse.Namespace, rows: Sequence[Row]) -> Row:
+def _settings(options: argparse.Namespace) -> list[Setting]:
+    return [setting for setting in SETTINGS if setting.here or not options.here]
+
+
+def _median(options: argparse.Namespace, setting: Setting, rows: Sequence[Row]) -> Row:
     context = rows[0]["context"]
     found = {name: statistics.median(row[name] for row in rows) for name in ("prefill_seconds", "step_seconds")}
     return {
         "prefill_tokens_per_second": round(context / found["prefill_seconds"], 1),
         "decode_tokens_per_second": round(1 / found["step_seconds"], 2),
-        "cache_bytes": rows[0]["cache_bytes"] or _float16_bytes(options, context),
+        "cache_bytes": rows[0]["cache_bytes"] or _needed_bytes(options, setting, context),
         "peak_rss_bytes": max(row["peak_rss_bytes"] for row in rows),
         "rounds": len(rows),
     }
 
 
-def _float16_bytes(options: argparse.Namespace, tokens: int) -> int:
-    """Of a full cache in llama.cpp's float16."""
+def _needed_bytes(options: argparse.Namespace, setting: Setting, tokens: int) -> int:
+    """Of a full cache."""
     config = AutoConfig.from_pretrained(options.folder / "checkpoint")
-    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
+    return int(setting.bits / 8 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens)
 
 
 def _run(options: argparse.Namespace, setting: Setting, context: int, *work: object) -> str:

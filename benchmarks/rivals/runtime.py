@@ -94,6 +94,20 @@ class Transformers:
         return int(out.logits[0, -1].argmax())
 
 
+class TransformersQuantized(Transformers):
+    """With its cache in four bits."""
+
+    def new_cache(self) -> Any:
+        from transformers import QuantizedCache
+
+        return QuantizedCache("quanto", self._model.config, nbits=4)
+
+    def cache_bytes(self) -> int:
+        from tensor_bytes import tensor_bytes
+
+        return sum(tensor_bytes(vars(layer)) for layer in self._cache.layers)
+
+
 class ThinkKV(Transformers):
     """The same model, patched as it was exported."""
 
@@ -171,11 +185,13 @@ class LlamaCpp:
     """llama.cpp through its own server, which counts its time itself."""
 
     package = "xllamacpp"
+    cache_type = "GGML_TYPE_F16"
 
     def __init__(self, file: Path, threads: int, room: int) -> None:
         import xllamacpp  # each venv has one runtime
 
         self._options = xllamacpp.CommonParams()
+        self._options.cache_type_k = self._options.cache_type_v = getattr(xllamacpp.ggml_type, self.cache_type)
         self._options.model.path = str(file)
         self._options.n_parallel, self._options.warmup, self._options.verbosity = 1, False, -1
         self._options.cpuparams.n_threads = self._options.cpuparams_batch.n_threads = threads
@@ -192,7 +208,7 @@ class LlamaCpp:
         return timings["prompt_ms"] / 1000, [timings["predicted_per_token_ms"] / 1000] * new
 
     def cache_bytes(self) -> int:
-        return 0  # it does not say; rival_runtimes.py counts what the geometry needs in float16
+        return 0  # it does not say; rival_runtimes.py counts what the geometry needs
 
     def _complete(self, ids: list[int], new: int, **options: Any) -> dict[str, Any]:
         if self._server is None:
@@ -203,7 +219,27 @@ class LlamaCpp:
         return found
 
 
-RUNTIMES = {"transformers": Transformers, "thinkkv": ThinkKV, "genai": Genai, "llama_cpp": LlamaCpp}
+class LlamaCpp8(LlamaCpp):
+    """With its cache in eight bits."""
+
+    cache_type = "GGML_TYPE_Q8_0"
+
+
+class LlamaCpp4(LlamaCpp):
+    """With its cache in four bits."""
+
+    cache_type = "GGML_TYPE_Q4_0"
+
+
+RUNTIMES = {
+    "transformers": Transformers,
+    "transformers_quantized": TransformersQuantized,
+    "thinkkv": ThinkKV,
+    "genai": Genai,
+    "llama_cpp": LlamaCpp,
+    "llama_cpp_q8_0": LlamaCpp8,
+    "llama_cpp_q4_0": LlamaCpp4,
+}
 
 
 def main() -> None:
