@@ -14,6 +14,8 @@ import json
 import os
 import platform
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -89,7 +91,10 @@ def run_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all rows have in common."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": subprocess.run(commit, capture_output=True, text=True, check=False).stdout.strip() or None,
         "dtype": arguments.dtype,
         "machine": {"system": platform.platform(), "processor": processor, "cores": os.cpu_count()},
         "versions": {found.name: found.version for found in distributions() if found.name in PACKAGES},
@@ -100,8 +105,7 @@ def row_of(sample: dict[str, Any], question: str, name: str) -> dict[str, Any]:
     """What tells a row from the others."""
     setting = SETTINGS[name]
     ratio = setting.get("nbits", 8) / 16 if setting else 1.0
-    context = len(sample["context"]) + len(sample["question"])
-    row = {"task": sample["task"], "question": question, "context": context, "sample": sample["sample"]}
+    row = {"task": sample["task"], "question": question, "context": sample["size"], "sample": sample["sample"]}
     return row | {"policy": name if name == FULL else f"transformers-{name}", "ratio": ratio}
 
 

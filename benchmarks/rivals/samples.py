@@ -2,8 +2,8 @@
 
     python benchmarks/rivals/samples.py --model smollm2-135m --tasks niah-single,passkey --context 2000 --out scratch
 
-Writes ``scratch/checkpoint`` and ``scratch/samples.jsonl``: ``task, sample, context, question, answers, expected,
-new_tokens``.
+Writes ``scratch/checkpoint`` and ``scratch/samples.jsonl``: ``task, size, sample, context, question, answers,
+expected, new_tokens``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def main() -> None:
                 found = task.sample(tokenizer, arguments.context, index, arguments.seed)
                 expected = tokenizer(found.sample.expected, add_special_tokens=False).input_ids
                 answer = tokenizer(f" {found.sample.expected}", add_special_tokens=False).input_ids
-                row = {"task": name, "sample": index, "context": found.context, "question": found.question}
+                row = {"task": name, "size": arguments.context, "sample": index}
+                row |= {"context": found.context, "question": found.question}
                 row |= {
                     "answers": found.sample.answers,
                     "new_tokens": ANSWER_MARGIN + len(expected),
