@@ -30,8 +30,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq")
 QUESTIONS = ("in-window", "after")
 FULL = "full"
-
-
 SETTINGS: dict[str, dict[str, Any] | None] = {
     FULL: None,
     "quanto-4": {"backend": "quanto", "nbits": 4},
@@ -68,6 +66,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     names = list(dict.fromkeys([FULL, *arguments.settings.split(",")]))
+    if unknown := set(names) - set(SETTINGS):
+        parser.error(f"no such settings: {', '.join(sorted(unknown))} - choose from {', '.join(SETTINGS)}")
     if not arguments.out.exists():
         arguments.out.write_text(json.dumps(run_of(arguments)) + "\n")
     done = {key(json.loads(line)) for line in arguments.out.read_text().splitlines()[1:]}
