@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "hqq-8": {"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1},
     "fp8": {"backend": "fp8"},
 }
-"""Arguments of ``QuantizedCache``; groups of 64 numbers, and 128 exact recent tokens, are its defaults. HQQ in 4 bits
+"""Arguments of ``QuantizedCache``; groups of 64 numbers, and 128 exact new tokens, are its defaults. HQQ in 4 bits
 refuses an odd number of tokens."""
 
 
