@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import kvpress
 import torch
+from share_found import share_found
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 SNAPKV_32 = {"window_size": 32, "kernel_size": 7}
@@ -100,12 +100,11 @@ def answer(model: Any, tokenizer: Any, row: dict[str, Any], sample: dict[str, An
         said.append(token)
         following = [token]
     text = tokenizer.decode(said, skip_special_tokens=True)
-    found = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in sample["answers"]]
     config = model.config
     size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     return {
         "context": len(context) + len(question),
-        "score": sum(match is not None for match in found) / len(found),
+        "score": share_found(sample["answers"], text),
         "said": text,
         "cache_bytes": held,
         "nominal_bytes": int(row["ratio"] * len(compressed) * size),

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from share_found import share_found
 from tensor_bytes import tensor_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, QuantizedCache
 
@@ -133,12 +133,11 @@ def answers(
     for name in names:
         cache = stored(text.cache, model, SETTINGS[name])
         held = sum(tensor_bytes(vars(layer)) for layer in cache.layers)
-        mine = predicted(model, cache, text, asked, sample["expected"])
+        mine = reference if name == FULL else predicted(model, cache, text, asked, sample["expected"])
         said = generated(model, stored(text.cache, model, SETTINGS[name]), text, asked, sample["new_tokens"])
         words = tokenizer.decode(said, skip_special_tokens=True)
-        found = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", words, re.IGNORECASE) for word in sample["answers"]]
         yield row_of(sample, question, name) | {
-            "score": sum(match is not None for match in found) / len(found),
+            "score": share_found(sample["answers"], words),
             "said": words,
             "cache_bytes": held,
             "loss": -float(mine.gather(1, expected[:, None]).mean()),

@@ -82,7 +82,9 @@ class Transformers:
         return first, steps
 
     def cache_bytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers)
+        from tensor_bytes import tensor_bytes
+
+        return sum(tensor_bytes(vars(layer)) for layer in self._cache.layers)
 
     def _timed(self, ids: list[int]) -> tuple[int, float]:
         start = time.perf_counter()
@@ -101,11 +103,6 @@ class TransformersQuantized(Transformers):
         from transformers import QuantizedCache
 
         return QuantizedCache("quanto", self._model.config, nbits=4)
-
-    def cache_bytes(self) -> int:
-        from tensor_bytes import tensor_bytes
-
-        return sum(tensor_bytes(vars(layer)) for layer in self._cache.layers)
 
 
 class ThinkKV(Transformers):

@@ -25,9 +25,6 @@ def test_all_runtimes_are_measured(run: Any, exported: Path) -> None:
     assert all(row["peak_rss_bytes"] > row["cache_bytes"] > 0 for row in rows.values())
 
 
-QUANTIZED = (", cache in q8_0", ", cache in q4_0")
-
-
 def test_rivals_answer_the_same_samples_and_hold_more(run: Any, tmp_path: Path, exported: Path) -> None:
     if (exported / "ready").exists():
         (tmp_path / "rivals" / "gguf").mkdir(parents=True)
@@ -44,5 +41,5 @@ def test_rivals_answer_the_same_samples_and_hold_more(run: Any, tmp_path: Path, 
     assert all(row["decode_tokens_per_second"] > 1 < row["prefill_tokens_per_second"] for row in rows.values())
     ours, stock = (rows[f"onnxruntime-genai, {whose} export"]["cache_bytes"] for whose in ("our", "its"))
     assert ours < 0.5 * stock
-    whole, eighth, quarter = (rows[f"llama.cpp{how}"]["cache_bytes"] for how in ("", *QUANTIZED))
-    assert (eighth / whole, quarter / whole) == (8.5 / 16, 4.5 / 16)
+    whole, *small = (row["cache_bytes"] for name, row in rows.items() if name.startswith("llama.cpp"))
+    assert [bytes_ / whole for bytes_ in small] == [8.5 / 16, 4.5 / 16]
