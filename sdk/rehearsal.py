@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from thinkkv.sdk.products import products_of
 from thinkkv.sdk.whole_prompt import WholePrompt
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ yet where in the text it is, and looks everywhere."""
 LEAD_IN = 64
 """Tokens before a chunk that are read with it for that reason; their attention is not counted a second time."""
 
-QUERIES = 64
-"""Queries of each query head whose attention to everything is in memory at once; twice as many leave a CPU's caches."""
+QUERIES = 128
+"""Queries of each query head whose attention to everything is in memory at once; many more leave a CPU's caches."""
 
 SHUFFLED = 256
 """Tokens that are read in random order."""
@@ -144,7 +145,8 @@ def attend_again(
             pairs = ((prompt.keys, keys), (prompt.values, values))
             both = [torch.cat([a[sequence, head, old], b[sequence, head, mine]]).float() for a, b in pairs]
             own = query[sequence, queries][:, mine].float()
-            attended, *noted = _attend(own, both[0], both[1], prompt.scale, window, counted_from)
+            with products_of(query.dtype):
+                attended, *noted = _attend(own, both[0], both[1], prompt.scale, window, counted_from)
             out[sequence, queries, mine] = attended.to(out.dtype)
             most[sequence, head, old], total[sequence, head, old] = noted
     return out, most, total
@@ -159,16 +161,18 @@ def _attend(
     """
     group, length, dim = query.shape
     before = len(keys) - length
-    out, scaled = torch.empty_like(query), query * scale
+    out = torch.empty_like(query)
     most, total = torch.zeros(2, before, device=keys.device)
     # Asked for once: of all that a block costs, memory that is new to the process is a good part.
     room = keys.new_empty(2, group * min(QUERIES, length) * len(keys))
     for start in range(0, length, QUERIES):
-        block = scaled[:, start : start + QUERIES]
+        block = query[:, start : start + QUERIES]
         new = block.shape[1]
         seen = before + start + new
         scores, weights = room[:, : group * new * seen].view(2, group, new, seen)
-        torch.mm(block.reshape(-1, dim), keys[:seen].T, out=scores.view(-1, seen))
+        logits = scores.view(-1, seen)
+        # Scaled afterwards: of the products, the factors may be rounded.
+        torch.addmm(logits, block.reshape(-1, dim), keys[:seen].T, beta=0, alpha=scale, out=logits)
         ahead = torch.ones(new, new, dtype=torch.bool, device=keys.device).triu(1)
         scores[:, :, seen - new :].masked_fill_(ahead, float("-inf"))
         if window is not None:

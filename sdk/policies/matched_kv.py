@@ -21,6 +21,7 @@ from thinkkv.sdk.matched_values import matched_values
 from thinkkv.sdk.plan import Entries, KeepPlan, PromptView
 from thinkkv.sdk.policies.ranked_heads import keeps_whole
 from thinkkv.sdk.policies.reread_kv import RereadKV
+from thinkkv.sdk.products import products_of
 from thinkkv.sdk.reference_queries import ReferenceQueries
 from thinkkv.sdk.summaries import summarize
 
@@ -77,8 +78,9 @@ class MatchedKV(RereadKV):
         """The plans of the ranking, with entries of their own."""
         summaries = [self._summaries(*layer) for layer in zip(prompts, budgets, strict=True)]
         left = [self._without(*layer) for layer in zip(prompts, budgets, summaries, strict=True)]
-        plans = super().plan_model(prompts, left)
-        return [self._matched(*layer) for layer in zip(prompts, plans, summaries, strict=True)]
+        with products_of(prompts[0].keys.dtype):
+            plans = super().plan_model(prompts, left)
+            return [self._matched(*layer) for layer in zip(prompts, plans, summaries, strict=True)]
 
     def _summaries(self, prompt: PromptView, budget: LayerBudget) -> int:
         """Of each head that evicts anything."""
