@@ -31,12 +31,20 @@ def matched_values(reference: ReferenceQueries, stored: Entries, *, recent: int,
     """
     keys, own = (states.float() for states in stored)
     free = max(0, len(keys) - recent)
-    gram = ridge * torch.eye(free, device=keys.device)
-    missed = torch.zeros(free, own.shape[1], device=keys.device)
-    for part in reference.parts():
-        weights = (part.scaled @ keys.T).softmax(dim=-1)
-        changed = weights[:, :free]
-        gram.addmm_(changed.T, changed)
-        missed.addmm_(changed.T, part.outputs - weights @ own)
-    change = torch.cholesky_solve(missed, torch.linalg.cholesky(gram))
-    return torch.cat([own[:free] + change, own[free:]])
+    weights = (reference.scaled @ keys.T).softmax(dim=-1)
+    looks, missed = weights[:, :free], reference.outputs - weights @ own
+    return torch.cat([own[:free] + _least_squares(looks, missed, ridge), own[free:]])
+
+
+def _least_squares(looks: torch.Tensor, missed: torch.Tensor, ridge: float) -> torch.Tensor:
+    """[S, D] the X that minimises |A X - M|^2 + ridge |X|^2, for A [R, S] and M [R, D].
+
+    As the solution of S equations or of R, whichever are fewer, so that a long prompt costs no more than its length.
+    """
+    fewer = looks.mT if looks.shape[1] <= looks.shape[0] else looks
+    gram = fewer @ fewer.mT
+    gram.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(gram)
+    if fewer is looks:
+        return looks.mT @ torch.cholesky_solve(missed, factor)
+    return torch.cholesky_solve(looks.mT @ missed, factor)
