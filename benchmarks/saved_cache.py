@@ -26,7 +26,7 @@ from thinkkv.sdk.generate_text import Generated, generate_text
 from thinkkv.sdk.saved_text import ask, read_text
 
 PROMPTS = Path(sdk.__file__).parent / "prompts"
-POLICIES = "full,full+cache_dtype=k8v4,retrieval-kv+cache_dtype=k8v4,matched-kv+cache_dtype=k8v4"
+POLICIES = "full,full+cache_dtype=k8v5,retrieval-kv+cache_dtype=k8v5,matched-kv+cache_dtype=k8v5"
 NEW = 24
 Row = dict[str, Any]
 
