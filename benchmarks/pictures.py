@@ -9,7 +9,6 @@ from the full cache on the same samples. ``speed.png``: decode speed and cache b
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from paired_differences import difference, read, together
 
-from thinkkv.sdk.files import write_whole
+from thinkkv.sdk.files import whole_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -116,9 +115,8 @@ def _is_shown(cell: tuple[Any, ...], question: str) -> bool:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    write_whole(path, picture.getvalue())
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def main() -> None:
